@@ -1,0 +1,26 @@
+//! xftrace records, from a libvirt/QEMU host and without ever stopping the
+//! guest, which kernel functions a Linux guest calls.
+//!
+//! The pipeline, in the order data flows through it:
+//!
+//! ```text
+//! guest RAM file -> ram -> kernel -> keys, switch, ring -> session -> callflow -> output
+//!                   bytes   symbols    Klog, on/off, pages   files      call trees  trace_graph.txt
+//! ```
+//!
+//! Each module uses only those to its left. [`helper`] runs the pipeline for
+//! one domain; [`cli`] is what people type; [`libvirt`] is what these two know
+//! of libvirt.
+
+pub mod callflow;
+pub mod cli;
+pub mod config;
+pub mod helper;
+pub mod kernel;
+pub mod keys;
+pub mod libvirt;
+pub mod output;
+pub mod ram;
+pub mod ring;
+pub mod session;
+pub mod switch;
