@@ -1,0 +1,535 @@
+//! The command line as clap sees it: one definition that feeds parsing, help,
+//! the man page and the shell completions.
+//!
+//! The first paragraph of each comment is the short help (`-h`), all of it the
+//! long one (`--help`). Values are checked here as far as they can be without
+//! asking libvirt or a helper, so that a typing mistake costs nothing.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum, ValueHint};
+use uuid::Uuid;
+
+use crate::config::{parse_function, parse_interval, ByteSize, DEFAULT_CONFIG_PATH};
+
+/// Record which kernel functions a Linux guest calls, from its host, while it runs
+///
+/// xftrace reads the trace straight out of the guest's memory, which libvirt
+/// keeps in a file on the host. Each record is encrypted inside the guest with
+/// a key that only the host hands out and that changes every interval, so that
+/// a record made up inside the guest does not decode. The guest is never
+/// paused.
+#[derive(Debug, Parser)]
+#[command(
+    name = "xftrace",
+    version,
+    after_help = "See 'xftrace help COMMAND' for the options and examples of one command.",
+    after_long_help = TOP_EXAMPLES,
+    subcommand_required = true,
+    arg_required_else_help = true,
+    max_term_width = 100
+)]
+pub struct Cli {
+    /// What holds for every command.
+    #[command(flatten)]
+    pub global: Global,
+    /// The command itself.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const TOP_EXAMPLES: &str = "\
+Getting started, for a domain called web1:
+  xftrace doctor web1               say what is missing for web1 to be traced
+  xftrace enroll web1               shared memory and our metadata into its XML
+  virsh shutdown web1; virsh start web1
+  xftrace on sys_openat sys_read    trace these two and all that they call
+  xftrace off                       the call flow is now in ./trace_graph.txt
+
+Exit status:
+  0  done
+  1  a check found something in the guest
+  2  an error, or a command line that cannot be understood
+
+Environment:
+  LIBVIRT_DEFAULT_URI  the libvirt connection where -c is not given
+  XFTRACE_CONFIG       the configuration file where --config is not given
+
+Files:
+  /etc/xftrace/xftrace.toml             configuration
+  /var/log/libvirt/qemu/NAME.xftrace/   the sessions recorded of domain NAME
+  /run/xftrace/                         sockets of the running helpers";
+
+/// Options that every command takes.
+#[derive(Debug, Clone, Args)]
+pub struct Global {
+    /// The libvirt connection to use [default: qemu:///system]
+    ///
+    /// As for virsh. Without it, LIBVIRT_DEFAULT_URI is used where that is
+    /// set, and qemu:///system where it is not.
+    #[arg(
+        short,
+        long,
+        global = true,
+        value_name = "URI",
+        help_heading = "Global options",
+        value_hint = ValueHint::Url
+    )]
+    pub connect: Option<String>,
+
+    /// The configuration file [default: /etc/xftrace/xftrace.toml]
+    ///
+    /// Without it, XFTRACE_CONFIG is used where that is set. A missing default
+    /// file means the built-in defaults; a missing file that was named is an
+    /// error.
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILE",
+        env = "XFTRACE_CONFIG",
+        hide_env = true,
+        help_heading = "Global options",
+        value_hint = ValueHint::FilePath
+    )]
+    pub config: Option<PathBuf>,
+}
+
+impl Global {
+    /// The configuration file that will be read: the one named, else the
+    /// default one.
+    pub fn config_path(&self) -> PathBuf {
+        self.named_config()
+            .map_or_else(|| PathBuf::from(DEFAULT_CONFIG_PATH), Path::to_owned)
+    }
+
+    /// The configuration file where one was named. An empty name, as from an
+    /// empty XFTRACE_CONFIG, is none.
+    pub fn named_config(&self) -> Option<&Path> {
+        self.config
+            .as_deref()
+            .filter(|path| !path.as_os_str().is_empty())
+    }
+}
+
+/// The commands. What each is for stands at its arguments, whose text clap
+/// takes where a variant has none.
+#[derive(Debug, Subcommand)]
+#[allow(missing_docs)]
+pub enum Command {
+    Enroll(EnrollArgs),
+    Unenroll(UnenrollArgs),
+    On(OnArgs),
+    Off(OffArgs),
+    Status(StatusArgs),
+    List(ListArgs),
+    Report(ReportArgs),
+    Follow(FollowArgs),
+    Doctor(DoctorArgs),
+    #[command(hide = true)]
+    Hook(HookArgs),
+    #[command(hide = true)]
+    Helper(HelperArgs),
+}
+
+/// `-d DOMAIN`, for commands that find the domain themselves where there is
+/// but one.
+#[derive(Debug, Clone, Args)]
+pub struct DomainOption {
+    /// The domain: a name, id or UUID
+    ///
+    /// Without it, the only enrolled domain that runs; where there are
+    /// several, they are listed and nothing is done.
+    #[arg(short, long, value_name = "DOMAIN", value_parser = domain_text)]
+    pub domain: Option<String>,
+}
+
+/// Make a domain traceable
+///
+/// Edits the domain's persistent XML: its memory becomes a shared file on the
+/// host, from which xftrace reads the trace, and the options below go into its
+/// metadata. Everything else in the XML stays as it is, byte for byte, and
+/// 'xftrace unenroll' puts back what was there before.
+///
+/// A running domain must be shut down and started again for its memory to
+/// become a file (a reboot from inside the guest is not enough); xftrace says
+/// so where it is needed and never does it itself. Enrolling again changes the
+/// options.
+#[derive(Debug, Clone, Args)]
+#[command(after_long_help = "\
+Examples:
+  xftrace enroll web1
+  xftrace enroll web1 --functions sys_openat,sys_read --interval 500ms
+  xftrace enroll web1 --functions sys_execve --at-start
+  xftrace enroll web1 --symbols /srv/kernels/System.map-6.1-xftrace")]
+pub struct EnrollArgs {
+    /// The domain: a name, id or UUID
+    #[arg(value_name = "DOMAIN", value_parser = domain_text)]
+    pub domain: String,
+
+    /// Functions that 'xftrace on' traces when it names none, separated by commas
+    ///
+    /// Names as in the guest's System.map; sys_read stands for __x64_sys_read.
+    #[arg(
+        short,
+        long,
+        value_name = "F,..",
+        value_delimiter = ',',
+        value_parser = parse_function
+    )]
+    pub functions: Vec<String>,
+
+    /// How long one key lasts, 10ms to 1h [default: 1s, or the configuration's]
+    #[arg(short, long, value_name = "TIME", value_parser = parse_interval)]
+    pub interval: Option<Duration>,
+
+    /// Trace from the start of the domain on, without 'xftrace on'
+    #[arg(long)]
+    pub at_start: bool,
+
+    /// The System.map of the guest's kernel [default: found by the kernel's banner]
+    ///
+    /// Without it, the helper looks in the symbols directory
+    /// (/var/lib/xftrace/symbols) for the file that belongs to the kernel
+    /// which it finds in the guest.
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub symbols: Option<PathBuf>,
+}
+
+/// Take out of a domain's XML what enroll put in
+///
+/// The persistent XML is again what it was before 'xftrace enroll', byte for
+/// byte in everything that enroll touched. A running domain goes on unchanged;
+/// its memory stays a shared file until it is shut down and started again.
+#[derive(Debug, Clone, Args)]
+#[command(after_long_help = "\
+Examples:
+  xftrace unenroll web1
+  xftrace -c qemu+ssh://root@host/system unenroll web1")]
+pub struct UnenrollArgs {
+    /// The domain: a name, id or UUID
+    #[arg(value_name = "DOMAIN", value_parser = domain_text)]
+    pub domain: String,
+}
+
+/// Start tracing, or trace other functions
+///
+/// Each function named is traced with everything that it calls. Without a
+/// name, those of the domain's metadata are traced, else those of the
+/// configuration. The guest takes the change up within a fifth of a second
+/// and is never paused. A second 'xftrace on' changes the functions of the
+/// trace that runs.
+#[derive(Debug, Clone, Args)]
+#[command(after_long_help = "\
+Examples:
+  xftrace on sys_openat sys_read
+  xftrace on -d web1 sys_execve
+  xftrace on -d web1 --interval 100ms --buffer-size 32M sys_read
+
+Names:
+  As in the guest's System.map. sys_read finds __x64_sys_read. An unknown name
+  is refused, with the nearest ones.")]
+pub struct OnArgs {
+    /// Which domain.
+    #[command(flatten)]
+    pub domain: DomainOption,
+
+    /// Functions to trace, each with all that it calls
+    #[arg(value_name = "FUNCTION", value_parser = parse_function)]
+    pub functions: Vec<String>,
+
+    /// How long one key lasts, 10ms to 1h [default: the domain's, else the configuration's]
+    #[arg(short, long, value_name = "TIME", value_parser = parse_interval)]
+    pub interval: Option<Duration>,
+
+    /// The trace buffer of each guest CPU, for example 8M [default: the guest's own]
+    ///
+    /// A larger one bears longer bursts of calls before records are
+    /// overwritten. The guest's kernel allocates it out of the guest's memory.
+    #[arg(short, long, value_name = "SIZE", value_parser = buffer_size)]
+    pub buffer_size: Option<ByteSize>,
+}
+
+/// Stop tracing and write trace_graph.txt
+///
+/// Drains what is left in the guest's buffers, closes the session, and leaves
+/// its call flow in ./trace_graph.txt as well as next to the domain's log in
+/// /var/log/libvirt/qemu/DOMAIN.xftrace/.
+#[derive(Debug, Clone, Args)]
+#[command(after_long_help = "\
+Examples:
+  xftrace off
+  xftrace off -d web1 -o web1-boot.txt
+  xftrace off -o - | less
+  xftrace off --no-copy")]
+pub struct OffArgs {
+    /// Which domain.
+    #[command(flatten)]
+    pub domain: DomainOption,
+
+    /// Where the call flow goes; - is standard output [default: trace_graph.txt]
+    #[arg(
+        short,
+        long,
+        value_name = "FILE",
+        conflicts_with = "no_copy",
+        value_hint = ValueHint::FilePath
+    )]
+    pub output: Option<PathBuf>,
+
+    /// Leave the call flow in the session's directory only
+    #[arg(long)]
+    pub no_copy: bool,
+}
+
+/// Show what is traced, and every count of what was lost or forged
+///
+/// Without -d, all domains that have a helper. Each counter says what it
+/// counts: records, overruns, records under no known key, keys the guest
+/// changed, silent CPUs.
+#[derive(Debug, Clone, Args)]
+#[command(after_long_help = "\
+Examples:
+  xftrace status
+  xftrace status -d web1
+  xftrace status --json | jq '.[].lost'")]
+pub struct StatusArgs {
+    /// The domain: a name, id or UUID [default: all that have a helper]
+    #[arg(short, long, value_name = "DOMAIN", value_parser = domain_text)]
+    pub domain: Option<String>,
+
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// List the domains and which of them can be traced
+///
+/// One line a domain: its state, whether it is enrolled, what its memory is,
+/// and whether a helper looks after it.
+#[derive(Debug, Clone, Args)]
+#[command(after_long_help = "\
+Examples:
+  xftrace list
+  xftrace list --name    the enrolled domains, for scripts")]
+pub struct ListArgs {
+    /// Only the names of enrolled domains, one a line
+    #[arg(long)]
+    pub name: bool,
+}
+
+/// Decode a recorded session
+///
+/// A session can be decoded again at any time, on any machine that has its
+/// directory and the System.map; neither the domain nor libvirt is needed.
+/// With -d, the newest session of that domain.
+#[derive(Debug, Clone, Args)]
+#[command(
+    group = ArgGroup::new("source").args(["session", "domain"]).required(true),
+    after_long_help = "\
+Examples:
+  xftrace report /var/log/libvirt/qemu/web1.xftrace/20261123T093000Z
+  xftrace report -d web1 --format json -o web1.json
+  xftrace report -d web1 --format folded | flamegraph.pl > web1.svg")]
+pub struct ReportArgs {
+    /// The directory of a session
+    #[arg(value_name = "SESSION", value_hint = ValueHint::DirPath)]
+    pub session: Option<PathBuf>,
+
+    /// The domain whose newest session to decode: a name, id or UUID
+    #[arg(short, long, value_name = "DOMAIN", value_parser = domain_text)]
+    pub domain: Option<String>,
+
+    /// What to write
+    #[arg(long, value_enum, value_name = "FORMAT", default_value_t = Format::Text)]
+    pub format: Format,
+
+    /// Where to write it; - is standard output [default: -]
+    #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub output: Option<PathBuf>,
+
+    /// Whose time the records carry
+    #[arg(long, value_enum, value_name = "CLOCK", default_value_t = Clock::Host)]
+    pub clock: Clock,
+}
+
+/// The formats that `report` writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// The call flow as in trace_graph.txt
+    Text,
+    /// One JSON object a line for each call and each mark
+    Json,
+    /// Folded stacks with their time, for flame graphs
+    Folded,
+}
+
+/// Whose clock the times of a report are in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Clock {
+    /// The host's wall time, mapped by the guest's heartbeat
+    Host,
+    /// The guest's trace clock, as recorded
+    Guest,
+}
+
+/// Show the call flow as it happens
+///
+/// Follows the trace that runs until it is stopped or until Ctrl-C, which
+/// leaves the trace on.
+#[derive(Debug, Clone, Args)]
+#[command(after_long_help = "\
+Examples:
+  xftrace follow
+  xftrace follow -d web1 | grep FORGED")]
+pub struct FollowArgs {
+    /// Which domain.
+    #[command(flatten)]
+    pub domain: DomainOption,
+}
+
+/// Say what is missing for a domain to be traced, and how to mend it
+///
+/// Each check is 'ok', or 'missing' with the command that mends it. Without a
+/// domain, only the host is looked at. The exit status is 0 where nothing is
+/// missing and 2 where something is.
+#[derive(Debug, Clone, Args)]
+#[command(after_long_help = "\
+Examples:
+  xftrace doctor
+  xftrace doctor web1")]
+pub struct DoctorArgs {
+    /// The domain: a name, id or UUID
+    #[arg(value_name = "DOMAIN", value_parser = domain_text)]
+    pub domain: Option<String>,
+}
+
+/// What libvirt's qemu hook runs
+///
+/// Called as libvirt calls /etc/libvirt/hooks/qemu, with the domain's XML on
+/// standard input: DOMAIN OPERATION SUB-OPERATION EXTRA. Not for people.
+#[derive(Debug, Clone, Args)]
+pub struct HookArgs {
+    /// DOMAIN OPERATION SUB-OPERATION EXTRA
+    ///
+    /// Not told apart here: whatever libvirt passes, now or in some later
+    /// version, must not become a usage error that stops a domain.
+    #[arg(
+        value_name = "ARGUMENT",
+        trailing_var_arg = true,
+        allow_hyphen_values = true
+    )]
+    pub arguments: Vec<OsString>,
+}
+
+/// The process that traces one running domain
+///
+/// Started by the hook, through xftrace@UUID.service where there is systemd.
+/// It ends by itself with the domain's QEMU process. Not for people.
+#[derive(Debug, Clone, Args)]
+pub struct HelperArgs {
+    /// The domain's UUID
+    #[arg(long, value_name = "UUID")]
+    pub uuid: Uuid,
+
+    /// The domain's XML as the hook saved it [default: UUID.xml in the run directory]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub xml: Option<PathBuf>,
+}
+
+/// A domain as typed: not empty, and without NUL, on which libvirt's C strings
+/// end.
+fn domain_text(text: &str) -> Result<String, String> {
+    if text.is_empty() {
+        return Err("a domain is a name, id or UUID, not an empty text".to_owned());
+    }
+    if text.contains('\0') {
+        return Err("a domain's name has no NUL in it".to_owned());
+    }
+    Ok(text.to_owned())
+}
+
+/// A ring buffer's size: from 64 KiB, below which a few calls fill it, to
+/// 1 GiB a CPU.
+fn buffer_size(text: &str) -> Result<ByteSize, String> {
+    let size: ByteSize = text.parse()?;
+    if !(64 << 10..=1 << 30).contains(&size.0) {
+        return Err("a CPU's buffer is from 64K to 1G".to_owned());
+    }
+    Ok(size)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn parse(line: &[&str]) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from([&["xftrace"], line].concat())
+    }
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn on_takes_functions_and_a_domain_in_any_order() {
+        for line in [
+            ["on", "-d", "web1", "sys_openat", "sys_read"],
+            ["on", "sys_openat", "-d", "web1", "sys_read"],
+            ["on", "sys_openat", "sys_read", "-d", "web1"],
+        ] {
+            let Command::On(on) = parse(&line).unwrap().command else {
+                panic!("not on");
+            };
+            assert_eq!(on.domain.domain.as_deref(), Some("web1"));
+            assert_eq!(on.functions, ["sys_openat", "sys_read"]);
+        }
+    }
+
+    #[test]
+    fn values_out_of_bounds_are_usage_errors() {
+        for line in [
+            &["on", "--interval", "9ms"][..],
+            &["on", "--interval", "61m"],
+            &["on", "--buffer-size", "4K"],
+            &["on", "--buffer-size", "2G"],
+            &["on", "vfs_read;reboot"],
+            &["on", "-d", ""],
+            &["enroll"],
+            &["enroll", "a", "--functions", "sys_read,,sys_open"],
+            &["off", "--no-copy", "-o", "x"],
+            &["report"],
+            &["report", "dir", "-d", "web1"],
+            &["helper", "--uuid", "../../etc"],
+        ] {
+            let error = parse(line).expect_err(&format!("{line:?} is taken"));
+            assert_eq!(error.exit_code(), 2, "{line:?}");
+        }
+    }
+
+    #[test]
+    fn the_hook_takes_whatever_libvirt_passes() {
+        for line in [
+            &["hook"][..],
+            &["hook", "web1", "started", "begin", "-"],
+            &["hook", "--", "--help", "started", "begin", "-", "more"],
+            &["hook", "--", "-d", "--config", "", "-"],
+        ] {
+            let Command::Hook(hook) = parse(line).unwrap().command else {
+                panic!("not hook");
+            };
+            let passed = line.iter().skip(1).filter(|a| **a != "--").count();
+            assert_eq!(hook.arguments.len(), passed, "{line:?}");
+        }
+    }
+
+    #[test]
+    fn global_options_may_follow_the_command() {
+        let cli = parse(&["list", "-c", "test:///default", "--config", "/x"]).unwrap();
+        assert_eq!(cli.global.connect.as_deref(), Some("test:///default"));
+        assert_eq!(cli.global.config_path(), PathBuf::from("/x"));
+    }
+}
