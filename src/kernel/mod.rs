@@ -1,1 +1,5 @@
 //! (to be written)
+
+mod address;
+
+pub use address::Gva;
