@@ -1,9 +1,156 @@
 //! `xftrace enroll`.
 
-use super::{Context, Exit};
+use std::io::Write;
+use std::path::PathBuf;
+
+use anyhow::{bail, Context as _};
+
+use super::{hook, out, Context, Exit};
 use crate::cli::args::EnrollArgs;
+use crate::libvirt::connection::{Connection, Domain, Mode};
+use crate::libvirt::enrolment::untraceable;
+use crate::libvirt::run_dir::RunDir;
+use crate::libvirt::shell_word;
+use crate::libvirt::xml::{enroll, DomainXml, Trace};
 
 /// Runs the command.
-pub(super) fn run(_context: &Context, _args: &EnrollArgs) -> anyhow::Result<Exit> {
-    anyhow::bail!("'enroll' is not built yet")
+pub(super) fn run(context: &Context, args: &EnrollArgs) -> anyhow::Result<Exit> {
+    let mut wanted = Trace::default();
+    wanted.functions.clone_from(&args.functions);
+    wanted.interval = args.interval;
+    wanted.at_start = args.at_start;
+    wanted.symbols = args.symbols.as_ref().map(symbols).transpose()?;
+
+    let connection = Connection::open(context.global.connect.as_deref(), Mode::ReadWrite)?;
+    let domain = connection.domain(&args.domain)?;
+    let name = shell_word(domain.name());
+    if !domain.is_persistent()? {
+        bail!(
+            "domain '{}' is transient: it has no XML that outlives it and could be edited. Make \
+             it persistent with `virsh dumpxml {name} > {name}.xml; virsh define {name}.xml`, \
+             then enroll again",
+            domain.name()
+        );
+    }
+    let before = domain.persistent_xml()?;
+    let enrolled = enroll(&before, &wanted)
+        .with_context(|| format!("cannot enroll domain '{}'", domain.name()))?;
+    if enrolled.changed {
+        redefine(&connection, &domain, &before, &enrolled.xml)?;
+    }
+    let stored = domain.persistent()??;
+    let Some(trace) = stored.trace.filter(|_| stored.backing.is_shared_file()) else {
+        bail!(
+            "libvirt did not keep the changes to domain '{}'",
+            domain.name()
+        );
+    };
+
+    let mut out = out::Stdout::new();
+    let how = match enrolled.changed {
+        true => "is enrolled",
+        false => "was enrolled like this already",
+    };
+    writeln!(
+        out,
+        "Domain '{}' {how}: {}.",
+        domain.name(),
+        options(&trace)
+    )?;
+    if domain.is_active()? {
+        let live = domain.live()??;
+        match untraceable(&live) {
+            Some(why) => writeln!(
+                out,
+                "As it runs now, {why}. Shut it down and start it again (a reboot from inside \
+                 is not enough):\n  virsh shutdown {name}\n  virsh start {name}"
+            )?,
+            None => writeln!(out, "{}", join(context, &connection, &domain, &trace)?)?,
+        }
+    }
+    writeln!(out, "Undo: xftrace unenroll {name}")?;
+    Ok(Exit::Done)
+}
+
+/// The file of symbols as it goes into the metadata.
+fn symbols(path: &PathBuf) -> anyhow::Result<PathBuf> {
+    let absolute = std::path::absolute(path)
+        .with_context(|| format!("cannot make {} an absolute path", path.display()))?;
+    let fits = |text: &str| !text.chars().any(char::is_control);
+    if !absolute.to_str().is_some_and(fits) {
+        bail!("{absolute:?} cannot stand in XML: rename it to plain UTF-8 text");
+    }
+    if !absolute.is_file() {
+        out::message(&format!(
+            "warning: there is no file {} on this host yet",
+            absolute.display()
+        ));
+    }
+    Ok(absolute)
+}
+
+/// Defines the edited XML, unless someone else has edited it in the meantime.
+pub(super) fn redefine(
+    connection: &Connection,
+    domain: &Domain,
+    before: &str,
+    after: &str,
+) -> anyhow::Result<()> {
+    if domain.persistent_xml()? != before {
+        bail!(
+            "someone changed the XML of domain '{}' at the same time: try again",
+            domain.name()
+        );
+    }
+    connection.define(after)?;
+    Ok(())
+}
+
+fn options(trace: &Trace) -> String {
+    let functions = match trace.functions.is_empty() {
+        true => "functions as `xftrace on` or the configuration names them".to_owned(),
+        false => format!("functions {}", trace.functions.join(", ")),
+    };
+    let interval = trace.interval.map_or(String::new(), |interval| {
+        format!(", a new key every {}", humantime::format_duration(interval))
+    });
+    let symbols = trace.symbols.as_ref().map_or(String::new(), |path| {
+        format!(", symbols from {}", path.display())
+    });
+    let start = if trace.at_start {
+        ", traced from its start on"
+    } else {
+        ""
+    };
+    format!("{functions}{interval}{symbols}{start}")
+}
+
+/// Enrols the running domain as well, whose memory is a shared file already:
+/// its metadata, and a helper, as the hook would have started it.
+fn join(
+    context: &Context,
+    connection: &Connection,
+    domain: &Domain,
+    trace: &Trace,
+) -> anyhow::Result<String> {
+    domain.set_live_metadata(Some(trace))?;
+    if !connection.is_local_qemu() {
+        return Ok("It can be traced once it is started again on its host.".to_owned());
+    }
+    let config = context.config()?;
+    let run_dir = RunDir::at(&config.paths.run);
+    let live: DomainXml = domain.live()??;
+    if run_dir.has_helper(live.uuid) {
+        return Ok(
+            "Its helper runs with the options from before; `xftrace on` takes others at once."
+                .to_owned(),
+        );
+    }
+    let text = domain.live_xml()?;
+    match hook::start(context, &run_dir, text.as_bytes(), &live) {
+        Ok(_) => Ok("It can be traced at once, without a restart.".to_owned()),
+        Err(error) => Ok(format!(
+            "It can be traced once it is started again ({error:#})."
+        )),
+    }
 }

@@ -21,11 +21,13 @@ mod follow;
 mod helper;
 mod hook;
 mod list;
+mod logging;
 mod off;
 mod on;
 pub mod out;
 mod report;
 mod status;
+pub mod target;
 mod unenroll;
 
 use std::io::Write;

@@ -7,9 +7,42 @@
 //!
 //! - [`xml`] reads a domain's XML and edits the two places in it that are
 //!   ours. Every byte elsewhere stays.
-//! - `connection` asks the daemon. The hook never does: libvirt waits for
+//! - [`connection`] asks the daemon. The hook never does: libvirt waits for
 //!   the hook, so that asking would wait for itself.
-//! - `hook` decides what a hook event asks for, and starts the helper.
+//! - [`enrolment`] says whether a domain is to be traced, and with what.
+//! - [`hook`] decides what a hook event asks for; [`launch`] starts the helper.
+//! - [`run_dir`] is where the hook leaves a domain's XML for its helper, and
+//!   how one tells whether a helper runs.
 //! - `memory` finds the files that a running QEMU has its guest's RAM in.
 
+pub mod connection;
+pub mod enrolment;
+pub mod hook;
+pub mod launch;
+pub mod run_dir;
 pub mod xml;
+
+/// A word as a shell takes it, for the commands that messages tell people to
+/// type.
+pub(crate) fn shell_word(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:@+=,".contains(c);
+    match !word.is_empty() && word.chars().all(plain) {
+        true => word.to_owned(),
+        false => format!("'{}'", word.replace('\'', r"'\''")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn commands_in_messages_can_be_pasted() {
+        for (word, typed) in [
+            ("web-1", "web-1"),
+            ("my vm", "'my vm'"),
+            ("a'b;c", r"'a'\''b;c'"),
+            ("", "''"),
+        ] {
+            assert_eq!(super::shell_word(word), typed);
+        }
+    }
+}

@@ -220,8 +220,21 @@ impl Trace {
         Ok(())
     }
 
-    /// The element as it goes into the XML.
+    /// The element as it goes into a domain's XML.
     pub(super) fn element(&self) -> String {
+        format!(
+            "<xftrace:{LOCAL_NAME} xmlns:xftrace=\"{NAMESPACE}\"{}/>",
+            self.attributes()
+        )
+    }
+
+    /// The element as virDomainSetMetadata wants it, which gives it its
+    /// namespace itself.
+    pub(in crate::libvirt) fn element_without_namespace(&self) -> String {
+        format!("<{LOCAL_NAME}{}/>", self.attributes())
+    }
+
+    fn attributes(&self) -> String {
         let mut attributes = String::new();
         let mut add = |name: &str, value: &str| {
             // The double quotes are those that libvirt prints metadata with.
@@ -248,7 +261,7 @@ impl Trace {
         if self.before != Before::default() {
             add("before", &self.before.to_string());
         }
-        format!("<xftrace:{LOCAL_NAME} xmlns:xftrace=\"{NAMESPACE}\"{attributes}/>")
+        attributes
     }
 }
 
