@@ -91,40 +91,37 @@ pub trait GuestRam: Send + Sync {
     /// As [`GuestRam::write_u64`], with alignment 4.
     fn write_u32(&self, gpa: Gpa, value: u32) -> Result<(), RamError>;
 
-    /// The first stretch of memory at or after `gpa` that has something
-    /// behind it, as (start, length in bytes), or `None` if there is nothing
-    /// up to the end of RAM.
+    /// The first address at or after `gpa` that has something behind it, or
+    /// `None` if there is nothing up to the end of RAM. It is `gpa` itself or
+    /// the first of a page.
     ///
-    /// What lies outside was never touched by the guest: it reads as zeros,
+    /// What lies before it was never touched by the guest: it reads as zeros,
     /// and reading it through a shared mapping would allocate it on the host.
-    /// A stretch never crosses a range of the layout. A backing that cannot
-    /// tell (a file system without `SEEK_DATA`) counts as populated.
-    ///
-    /// # Errors
-    /// [`RamError::Gone`] if the backing cannot be asked any more.
-    fn next_populated(&self, gpa: Gpa) -> Result<Option<(Gpa, u64)>, RamError>;
+    /// A backing that cannot tell (a file system without `SEEK_DATA`) counts
+    /// as populated.
+    fn next_populated(&self, gpa: Gpa) -> Option<Gpa>;
 
     /// Whether all of `[gpa, gpa + len)` is populated, so that reading it
     /// allocates nothing (see [`GuestRam::next_populated`]). An empty range
-    /// is populated; one that leaves RAM is not.
-    ///
-    /// # Errors
-    /// As [`GuestRam::next_populated`].
-    fn populated(&self, gpa: Gpa, len: u64) -> Result<bool, RamError> {
+    /// is populated; one that leaves RAM is not. Costs a question for each
+    /// page.
+    fn populated(&self, gpa: Gpa, len: u64) -> bool {
         let Some(end) = gpa.checked_add(len) else {
-            return Ok(false);
+            return false;
         };
         let mut at = gpa;
         while at < end {
-            match self.next_populated(at)? {
-                Some((start, run)) if start == at && run > 0 => {
-                    // A run that reaches past the address space reaches `end`.
-                    at = at.checked_add(run).unwrap_or(end);
-                }
-                _ => return Ok(false),
+            if self.next_populated(at) != Some(at) {
+                return false;
             }
+            // On to the next page; the last page of the address space ends
+            // after every `end`.
+            at = match (at.0 - at.0 % PAGE_SIZE).checked_add(PAGE_SIZE) {
+                Some(next) => Gpa(next),
+                None => break,
+            };
         }
-        Ok(true)
+        true
     }
 
     /// Whether what was read so far came from the guest.

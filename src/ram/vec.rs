@@ -218,26 +218,17 @@ impl GuestRam for VecRam {
         Ok(())
     }
 
-    fn next_populated(&self, gpa: Gpa) -> Result<Option<(Gpa, u64)>, RamError> {
+    fn next_populated(&self, gpa: Gpa) -> Option<Gpa> {
         let ranges = self.layout.ranges();
         let first = ranges.partition_point(|range| range.end() <= gpa);
-        for (range, pages) in ranges.iter().zip(&self.pages).skip(first) {
+        let mut rest = ranges.iter().zip(&self.pages).skip(first);
+        rest.find_map(|(range, pages)| {
             let from = gpa.max(range.gpa);
             let skip = ((from.0 - range.gpa.0) / PAGE_SIZE) as usize;
             let filled = |page: &OnceLock<_>| page.get().is_some();
-            let Some(start) = pages.iter().skip(skip).position(filled) else {
-                continue;
-            };
-            let start = start + skip;
-            let run = pages[start..]
-                .iter()
-                .take_while(|page| filled(page))
-                .count();
-            let at = from.max(Gpa(range.gpa.0 + start as u64 * PAGE_SIZE));
-            let end = range.gpa.0 + (start + run) as u64 * PAGE_SIZE;
-            return Ok(Some((at, end - at.0)));
-        }
-        Ok(None)
+            let page = skip + pages.iter().skip(skip).position(filled)?;
+            Some(from.max(Gpa(range.gpa.0 + page as u64 * PAGE_SIZE)))
+        })
     }
 
     fn check(&self) -> Result<(), RamError> {
@@ -293,22 +284,20 @@ mod tests {
     #[test]
     fn holes_are_told_and_counted() {
         let ram = VecRam::new(Layout::pc(3 << 30, MachineKind::Q35).unwrap());
-        assert_eq!(ram.next_populated(Gpa(0)).unwrap(), None);
+        assert_eq!(ram.next_populated(Gpa(0)), None);
         ram.poke(Gpa(0x5ffe), &[1; 4]);
         ram.poke(Gpa((4 << 30) + 0x1000), &[1]);
+        assert_eq!(ram.next_populated(Gpa(0)), Some(Gpa(0x5000)));
+        assert_eq!(ram.next_populated(Gpa(0x6100)), Some(Gpa(0x6100)));
         assert_eq!(
-            ram.next_populated(Gpa(0)).unwrap(),
-            Some((Gpa(0x5000), 0x2000))
+            ram.next_populated(Gpa(0x7000)),
+            Some(Gpa((4 << 30) + 0x1000))
         );
-        assert_eq!(
-            ram.next_populated(Gpa(0x6100)).unwrap(),
-            Some((Gpa(0x6100), 0xf00))
-        );
-        let high = Some((Gpa((4 << 30) + 0x1000), 0x1000));
-        assert_eq!(ram.next_populated(Gpa(0x7000)).unwrap(), high);
-        assert!(ram.populated(Gpa(0x5000), 0x2000).unwrap());
-        assert!(!ram.populated(Gpa(0x5000), 0x2001).unwrap());
-        assert!(!ram.populated(Gpa(u64::MAX), 2).unwrap());
+        assert_eq!(ram.next_populated(Gpa(u64::MAX)), None);
+        assert!(ram.populated(Gpa(0x5123), 0x1edd));
+        assert!(!ram.populated(Gpa(0x5123), 0x1ede));
+        assert!(ram.populated(Gpa(0), 0));
+        assert!(!ram.populated(Gpa(u64::MAX), 2));
         assert_eq!(ram.hole_reads(), 0);
         ram.read_u64(Gpa(0)).unwrap();
         assert_eq!(ram.hole_reads(), 1);

@@ -1,0 +1,148 @@
+//! Whether a kernel in memory is the very build that a System.map belongs to.
+//!
+//! A wrong System.map is the error that users of introspection tools report
+//! most: everything seems to work and every name is wrong. The banner proves
+//! the place of one symbol only, and sections are padded to whole pages, so
+//! that data stays in place when a function grows. The kernel's own list of
+//! its symbols, kallsyms, decides it: the addresses of its functions must be
+//! those of System.map.
+//!
+//! This guards against mistakes. A hostile kernel can answer as it likes.
+
+use crate::ram::{Gpa, GuestRam};
+
+use super::{Gva, Kernel, Symbols};
+
+/// More symbols than any kernel has; an allyesconfig kernel has about a
+/// million.
+const MAX_SYMBOLS: u32 = 4 << 20;
+
+/// How many entries of the list are copied at a time.
+const CHUNK: usize = 16 << 10;
+
+/// Larger than `struct task_struct` (some 9 KiB with everything on).
+const MAX_TASK: usize = 32 << 10;
+
+/// What the comparison of the kernel's list with System.map gave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum FunctionTable {
+    /// The same build.
+    Same,
+    /// Another build: so many of System.map's functions are elsewhere.
+    Other {
+        /// How many.
+        differing: usize,
+    },
+    /// Nothing to compare: a kernel without CONFIG_KALLSYMS, or symbols from
+    /// /proc/kallsyms, which does not list its own tables.
+    Unknown,
+}
+
+/// Whether `linux_proc_banner` (init/version.c) is at `gpa`.
+pub(super) fn is_proc_banner(ram: &dyn GuestRam, gpa: Gpa) -> bool {
+    const FORMAT: &[u8; 13] = b"%s version %s";
+    let mut bytes = [0; FORMAT.len()];
+    ram.read(gpa, &mut bytes).is_ok() && &bytes == FORMAT
+}
+
+/// Whether the task at `gpa` has the name of the idle task: INIT_TASK_COMM,
+/// "swapper" (include/linux/init_task.h), to which init_idle() adds "/0".
+/// Where the name lies in the structure differs between builds.
+pub(super) fn is_init_task(ram: &dyn GuestRam, gpa: Gpa) -> bool {
+    let room = ram.layout().place(gpa).map_or(0, |place| place.contiguous);
+    let mut bytes = vec![0; MAX_TASK.min(usize::try_from(room).unwrap_or(MAX_TASK))];
+    let named = |bytes: &[u8]| bytes.starts_with(b"swapper\0") || bytes.starts_with(b"swapper/0\0");
+    ram.read(gpa, &mut bytes).is_ok() && bytes.windows(10).any(named)
+}
+
+/// Compares the addresses of functions in the kernel's kallsyms tables with
+/// those of System.map.
+///
+/// Corresponds to `kallsyms_sym_address()`, kernel/kallsyms.c: with
+/// CONFIG_KALLSYMS_ABSOLUTE_PERCPU (x86 up to 6.14) an offset below 0 stands
+/// for `relative_base - 1 - offset`; without, it is added to the base.
+///
+/// System.map and kallsyms are filtered differently, so each may lack some
+/// symbols of the other. But in one build, only one of the two does: if each
+/// has functions where the other has none, they are of different builds.
+pub(super) fn compare_functions(
+    ram: &dyn GuestRam,
+    symbols: &Symbols,
+    kernel: &Kernel,
+) -> FunctionTable {
+    let Some(offsets) = read_offsets(ram, symbols, kernel) else {
+        return FunctionTable::Unknown;
+    };
+    let base = symbols
+        .address("kallsyms_relative_base")
+        .filter(|&link| kernel.in_image(link))
+        .and_then(|link| ram.read_u64(kernel.image_gpa(link)).ok());
+    let Some(base) = base else {
+        return FunctionTable::Unknown;
+    };
+    let ours: Vec<Gva> = symbols.function_starts().collect();
+    let text = symbols.text();
+    let compare = |address_of: &dyn Fn(i32) -> u64| {
+        let addresses = offsets
+            .iter()
+            .map(|&offset| kernel.link(Gva(address_of(offset))));
+        let mut theirs: Vec<Gva> = addresses.filter(|link| text.contains(link)).collect();
+        theirs.sort_unstable();
+        theirs.dedup();
+        let shared = shared(&ours, &theirs);
+        (shared, ours.len() - shared, theirs.len() - shared)
+    };
+    let percpu = |offset: i32| match offset {
+        0.. => u64::from(offset.unsigned_abs()),
+        _ => base
+            .wrapping_sub(1)
+            .wrapping_add(u64::from(offset.unsigned_abs())),
+    };
+    let plain = |offset: i32| base.wrapping_add(u64::from(offset as u32));
+    let (shared, ours_only, theirs_only) = compare(&percpu).max(compare(&plain));
+    // What only one of the two lists, marks and such, is little.
+    let alike = shared > 0 && ours_only <= shared / 10 && theirs_only <= shared / 10;
+    if alike && (ours_only == 0 || theirs_only == 0) {
+        FunctionTable::Same
+    } else {
+        FunctionTable::Other {
+            differing: ours_only.max(theirs_only),
+        }
+    }
+}
+
+/// How many addresses are in both lists, which are sorted, each once.
+fn shared(ours: &[Gva], theirs: &[Gva]) -> usize {
+    let mut theirs = theirs.iter().peekable();
+    let found = |address: &&Gva| {
+        while theirs.next_if(|other| other < address).is_some() {}
+        theirs.next_if_eq(address).is_some()
+    };
+    ours.iter().filter(found).count()
+}
+
+/// Copies `kallsyms_offsets`, if the kernel has it where System.map says.
+fn read_offsets(ram: &dyn GuestRam, symbols: &Symbols, kernel: &Kernel) -> Option<Vec<i32>> {
+    let inside = |name| symbols.address(name).filter(|&link| kernel.in_image(link));
+    let count = ram
+        .read_u32(kernel.image_gpa(inside("kallsyms_num_syms")?))
+        .ok()?;
+    let table = inside("kallsyms_offsets")?;
+    // The whole table is in the image, whatever the count claims.
+    let last = table.wrapping_add(u64::from(count) * 4);
+    if count == 0 || count > MAX_SYMBOLS || !kernel.in_image(last) {
+        return None;
+    }
+    let start = kernel.image_gpa(table);
+    let mut offsets = Vec::with_capacity(count as usize);
+    let mut bytes = vec![0; CHUNK * 4];
+    while offsets.len() < count as usize {
+        let now = CHUNK.min(count as usize - offsets.len()) * 4;
+        let part = bytes.get_mut(..now)?;
+        let at = start.checked_add(offsets.len() as u64 * 4)?;
+        ram.read(at, part).ok()?;
+        let words = part.chunks_exact(4).filter_map(|word| word.try_into().ok());
+        offsets.extend(words.map(i32::from_le_bytes));
+    }
+    Some(offsets)
+}
