@@ -2,7 +2,7 @@
 //! connection, hook events, and where QEMU keeps a domain's memory.
 //!
 //! Only `cli` and `helper` use this room, and only this room uses the `virt`
-//! and `quick-xml` crates. Nothing here reads guest memory: `memory` finds
+//! and `quick-xml` crates. Nothing here reads guest memory: [`memory`] finds
 //! and opens the files, and hands them out as descriptors.
 //!
 //! - [`xml`] reads a domain's XML and edits the two places in it that are
@@ -13,12 +13,13 @@
 //! - [`hook`] decides what a hook event asks for; [`launch`] starts the helper.
 //! - [`run_dir`] is where the hook leaves a domain's XML for its helper, and
 //!   how one tells whether a helper runs.
-//! - `memory` finds the files that a running QEMU has its guest's RAM in.
+//! - [`memory`] finds the files that a running QEMU has its guest's RAM in.
 
 pub mod connection;
 pub mod enrolment;
 pub mod hook;
 pub mod launch;
+pub mod memory;
 pub mod run_dir;
 pub mod xml;
 

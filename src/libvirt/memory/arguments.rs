@@ -1,0 +1,328 @@
+//! What QEMU's command line says about memory.
+//!
+//! An option's value is either JSON or `key=value,..` with commas doubled in
+//! values (QEMU's manual, "-object"); libvirt writes JSON for `-object` from
+//! 6.10 on where QEMU takes it, and the other form elsewhere.
+
+use std::collections::HashMap;
+
+use serde_json::Value;
+
+/// The options about memory.
+#[derive(Debug, Default)]
+pub(super) struct Arguments {
+    machine: Properties,
+    /// Every `-object` that is memory, by id.
+    backends: HashMap<String, Properties>,
+    /// The backends of the NUMA nodes, in order.
+    nodes: Vec<(u64, String)>,
+    /// The backends of memory modules.
+    modules: Vec<String>,
+}
+
+/// A backend with a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct FileBackend {
+    pub(super) id: String,
+    pub(super) path: String,
+    pub(super) size: u64,
+    pub(super) shared: bool,
+}
+
+type Properties = HashMap<String, String>;
+
+/// The key under which a value without one stands.
+const BARE: &str = "";
+
+impl Arguments {
+    /// Reads a command line. An error says what of it cannot be understood.
+    pub(super) fn of(arguments: &[String]) -> Result<Arguments, String> {
+        let mut all = Arguments::default();
+        for (option, value) in arguments.iter().zip(arguments.iter().skip(1)) {
+            // `--object` is the same.
+            match option.trim_start_matches('-') {
+                _ if !option.starts_with('-') => {}
+                "machine" | "M" => all.machine.extend(properties(value)?),
+                "object" => all.object(properties(value)?),
+                "numa" => all.node(&properties(value)?),
+                "device" => all.device(&properties(value)?),
+                _ => {}
+            }
+        }
+        all.nodes.sort();
+        Ok(all)
+    }
+
+    fn object(&mut self, object: Properties) {
+        let kind = object.get("qom-type").or_else(|| object.get(BARE));
+        if !kind.is_some_and(|kind| kind.starts_with("memory-backend-")) {
+            return;
+        }
+        if let Some(id) = object.get("id") {
+            self.backends.insert(id.clone(), object);
+        }
+    }
+
+    fn node(&mut self, numa: &Properties) {
+        let kind = numa.get("type").or_else(|| numa.get(BARE));
+        if kind.map(String::as_str) != Some("node") {
+            return;
+        }
+        if let Some(id) = numa.get("memdev") {
+            // Without a number, nodes count up.
+            let count = self.nodes.len() as u64;
+            let number = numa.get("nodeid").and_then(|text| text.parse().ok());
+            self.nodes.push((number.unwrap_or(count), id.clone()));
+        }
+    }
+
+    fn device(&mut self, device: &Properties) {
+        let driver = device.get("driver").or_else(|| device.get(BARE));
+        let Some(driver) = driver else { return };
+        // `ivshmem-plain` has a memdev too, which is no RAM.
+        let is_module = ["pc-dimm", "nvdimm", "virtio-mem", "virtio-pmem"]
+            .iter()
+            .any(|module| driver.starts_with(module));
+        if let Some(id) = device.get("memdev").filter(|_| is_module) {
+            self.modules.push(id.clone());
+        }
+    }
+
+    /// The machine.
+    pub(super) fn machine(&self) -> Option<String> {
+        let named = self.machine.get("type").or_else(|| self.machine.get(BARE));
+        named.cloned()
+    }
+
+    /// `max-ram-below-4g` of the machine.
+    pub(super) fn max_ram_below_4g(&self) -> Option<u64> {
+        size(self.machine.get("max-ram-below-4g")?)
+    }
+
+    /// The files of the RAM that the guest boots with. An error says what it
+    /// is made of instead.
+    pub(super) fn ram(&self) -> Result<Vec<FileBackend>, String> {
+        let main = self.machine.get("memory-backend");
+        let ids: Vec<&String> = match main {
+            Some(id) => vec![id],
+            None => self.nodes.iter().map(|(_, id)| id).collect(),
+        };
+        if ids.is_empty() {
+            return Err("it is anonymous memory".to_owned());
+        }
+        ids.into_iter().map(|id| self.file(id)).collect()
+    }
+
+    /// The files of memory modules. Modules without a file have none.
+    pub(super) fn modules(&self) -> Vec<FileBackend> {
+        let files = self.modules.iter().filter_map(|id| self.file(id).ok());
+        files.collect()
+    }
+
+    fn file(&self, id: &str) -> Result<FileBackend, String> {
+        let object = self
+            .backends
+            .get(id)
+            .ok_or_else(|| format!("{id} has no memory object"))?;
+        let kind = object.get("qom-type").or_else(|| object.get(BARE));
+        let (Some("memory-backend-file"), Some(path)) =
+            (kind.map(String::as_str), object.get("mem-path"))
+        else {
+            return Err(format!(
+                "{id} is a {}",
+                kind.map_or("nameless object", String::as_str)
+            ));
+        };
+        let size = object
+            .get("size")
+            .and_then(|text| size(text))
+            .ok_or_else(|| format!("{id} has no size"))?;
+        Ok(FileBackend {
+            id: id.to_owned(),
+            path: path.clone(),
+            size,
+            shared: matches!(
+                object.get("share").map(String::as_str),
+                Some("true" | "yes" | "on")
+            ),
+        })
+    }
+}
+
+/// Reads the value of an option, in either form.
+fn properties(text: &str) -> Result<Properties, String> {
+    if text.starts_with('{') {
+        return json(text);
+    }
+    let mut all = Properties::new();
+    for (place, part) in split_at_commas(text).into_iter().enumerate() {
+        match part.split_once('=') {
+            Some((key, value)) => all.insert(key.to_owned(), value.to_owned()),
+            // The first may be the value of an implied key; any other is a
+            // key that is switched on.
+            None if place == 0 => all.insert(BARE.to_owned(), part),
+            None => all.insert(part, "on".to_owned()),
+        };
+    }
+    Ok(all)
+}
+
+/// Splits at single commas; doubled ones stand for one.
+fn split_at_commas(text: &str) -> Vec<String> {
+    let mut parts = vec![String::new()];
+    let mut rest = text.chars().peekable();
+    while let Some(c) = rest.next() {
+        if c == ',' && rest.next_if_eq(&',').is_none() {
+            parts.push(String::new());
+        } else if let Some(part) = parts.last_mut() {
+            part.push(c);
+        }
+    }
+    parts
+}
+
+fn json(text: &str) -> Result<Properties, String> {
+    let value: Value = serde_json::from_str(text).map_err(|error| error.to_string())?;
+    let Value::Object(object) = value else {
+        return Err("JSON that is no object".to_owned());
+    };
+    let plain = |value: Value| match value {
+        Value::String(text) => Some(text),
+        Value::Bool(_) | Value::Number(_) => Some(value.to_string()),
+        _ => None,
+    };
+    let pairs = object.into_iter();
+    Ok(pairs
+        .filter_map(|(key, value)| Some((key, plain(value)?)))
+        .collect())
+}
+
+/// A size as QEMU reads it: bytes, or with one of its suffixes (qemu_strtosz,
+/// util/cutils.c).
+fn size(text: &str) -> Option<u64> {
+    let text = text.trim();
+    let (digits, shift) = match text.char_indices().last()? {
+        (at, 'k' | 'K') => (text.get(..at)?, 10),
+        (at, 'm' | 'M') => (text.get(..at)?, 20),
+        (at, 'g' | 'G') => (text.get(..at)?, 30),
+        (at, 't' | 'T') => (text.get(..at)?, 40),
+        (at, 'b' | 'B') => (text.get(..at)?, 0),
+        _ => (text, 0),
+    };
+    digits.parse::<u64>().ok()?.checked_mul(1 << shift)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn line(text: &[&str]) -> Arguments {
+        let all: Vec<String> = text.iter().map(|part| (*part).to_owned()).collect();
+        Arguments::of(&all).unwrap()
+    }
+
+    fn pc_ram(path: &str, size: u64, shared: bool) -> FileBackend {
+        FileBackend {
+            id: "pc.ram".to_owned(),
+            path: path.to_owned(),
+            size,
+            shared,
+        }
+    }
+
+    #[test]
+    fn reads_both_forms_of_an_object() {
+        let machine = "pc-q35-7.2,usb=off,dump-guest-core=off,memory-backend=pc.ram";
+        let json = r#"{"qom-type":"memory-backend-file","id":"pc.ram","mem-path":"/r/a,b/pc.ram","share":true,"x-use-canonical-path-for-ramblock-id":false,"size":536870912}"#;
+        let keys = "memory-backend-file,id=pc.ram,mem-path=/r/a,,b/pc.ram,share=yes,size=512M";
+        for object in [json, keys] {
+            let all = line(&["qemu", "-machine", machine, "-object", object, "-m", "512"]);
+            assert_eq!(
+                all.ram().unwrap(),
+                [pc_ram("/r/a,b/pc.ram", 512 << 20, true)]
+            );
+            assert_eq!(all.machine().as_deref(), Some("pc-q35-7.2"));
+            assert_eq!(all.max_ram_below_4g(), None);
+        }
+        let private = line(&[
+            "-machine",
+            "type=pc,memory-backend=pc.ram,max-ram-below-4g=2G",
+            "-object",
+            "memory-backend-file,id=pc.ram,mem-path=/r,size=1k",
+        ]);
+        assert_eq!(private.ram().unwrap(), [pc_ram("/r", 1024, false)]);
+        assert_eq!(private.machine().as_deref(), Some("pc"));
+        assert_eq!(private.max_ram_below_4g(), Some(2 << 30));
+    }
+
+    #[test]
+    fn takes_nodes_in_their_order_and_modules_apart() {
+        let object =
+            |id: &str| format!("memory-backend-file,id={id},mem-path=/r/{id},share=yes,size=1M");
+        let all = line(&[
+            "-object",
+            &object("ram-node1"),
+            "-numa",
+            "node,nodeid=1,cpus=1,memdev=ram-node1",
+            "-object",
+            &object("ram-node0"),
+            "-numa",
+            "node,nodeid=0,cpus=0,memdev=ram-node0",
+            "-numa",
+            "dist,src=0,dst=1,val=20",
+            "-object",
+            &object("memdimm0"),
+            "-device",
+            r#"{"driver":"pc-dimm","memdev":"memdimm0","id":"dimm0","slot":0}"#,
+            "-object",
+            &object("shm"),
+            "-device",
+            "ivshmem-plain,memdev=shm",
+        ]);
+        let ids = |files: Vec<FileBackend>| -> Vec<String> {
+            files.into_iter().map(|file| file.id).collect()
+        };
+        assert_eq!(ids(all.ram().unwrap()), ["ram-node0", "ram-node1"]);
+        assert_eq!(ids(all.modules()), ["memdimm0"]);
+    }
+
+    #[test]
+    fn says_what_memory_without_a_file_is() {
+        let machine = "pc,memory-backend=pc.ram";
+        for (object, says) in [
+            (
+                r#"{"qom-type":"memory-backend-ram","id":"pc.ram","size":1}"#,
+                "backend-ram",
+            ),
+            (
+                "memory-backend-memfd,id=pc.ram,share=yes,size=1",
+                "backend-memfd",
+            ),
+            (
+                "memory-backend-file,id=other,mem-path=/x,size=1",
+                "no memory object",
+            ),
+            ("memory-backend-file,id=pc.ram,mem-path=/x", "no size"),
+        ] {
+            let error = line(&["-machine", machine, "-object", object])
+                .ram()
+                .unwrap_err();
+            assert!(error.contains(says), "{error}");
+        }
+        assert!(line(&["qemu", "-machine", "pc"]).ram().is_err());
+        let broken = ["-object".to_owned(), "{\"qom-type\":".to_owned()];
+        assert!(Arguments::of(&broken).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn no_command_line_panics(words in proptest::collection::vec(
+            "(-object|-machine|-numa|-device|[a-z{}\",=:é]{0,30})", 0..12,
+        )) {
+            if let Ok(all) = Arguments::of(&words) {
+                let _ = (all.ram(), all.modules(), all.machine(), all.max_ram_below_4g());
+            }
+        }
+    }
+}

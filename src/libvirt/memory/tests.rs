@@ -1,0 +1,265 @@
+//! Finding the memory of a QEMU that is a directory which looks like its
+//! /proc/PID. The process id is this process's own, for the pidfd.
+
+use std::fs;
+use std::os::unix::fs::{symlink, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use nix::sys::stat::{major, minor};
+
+use super::*;
+
+const UUID: &str = "9a3f1c50-7f1e-4f0e-8f5e-0123456789ab";
+const SIZE: u64 = 1 << 20;
+
+struct Host {
+    dir: tempfile::TempDir,
+    pid: String,
+}
+
+impl Host {
+    fn new() -> Host {
+        let host = Host {
+            dir: tempfile::tempdir().unwrap(),
+            pid: std::process::id().to_string(),
+        };
+        let proc = host.path("proc").join(&host.pid);
+        fs::create_dir_all(&proc).unwrap();
+        fs::create_dir_all(host.path("run")).unwrap();
+        fs::create_dir_all(host.path("ram")).unwrap();
+        symlink("/", proc.join("root")).unwrap();
+        let stat = "1 (qemu (x) y) S 1 1 1 0 -1 4194560 1 1 0 0 1 1 0 0 20 0 3 0 4711 1 1";
+        fs::write(proc.join("stat"), stat).unwrap();
+        host.set_size(SIZE);
+        host.set_arguments(&host.arguments("true"));
+        host.map(SIZE, "rw-s", "");
+        host
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn file(&self) -> PathBuf {
+        self.path("ram/pc.ram")
+    }
+
+    fn set_size(&self, size: u64) {
+        let file = fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(self.file())
+            .unwrap();
+        file.set_len(size).unwrap();
+    }
+
+    fn arguments(&self, share: &str) -> Vec<String> {
+        let object = format!(
+            r#"{{"qom-type":"memory-backend-file","id":"pc.ram","mem-path":{:?},"share":{share},"size":{SIZE}}}"#,
+            self.file()
+        );
+        [
+            "/usr/bin/qemu-system-x86_64",
+            "-machine",
+            "pc-q35-7.2,memory-backend=pc.ram",
+            "-object",
+            &object,
+            "-uuid",
+            UUID,
+        ]
+        .map(str::to_owned)
+        .to_vec()
+    }
+
+    fn set_arguments(&self, arguments: &[String]) {
+        let line = arguments.join("\0") + "\0";
+        fs::write(self.path("proc").join(&self.pid).join("cmdline"), line).unwrap();
+    }
+
+    /// Has the file mapped as it is now.
+    fn map(&self, size: u64, permissions: &str, suffix: &str) {
+        let file = fs::metadata(self.file()).unwrap();
+        let line = format!(
+            "7f0000000000-{:x} {permissions} 00000000 {:02x}:{:02x} {}   {}{suffix}\n",
+            0x7f00_0000_0000 + size,
+            major(file.dev()),
+            minor(file.dev()),
+            file.ino(),
+            self.file().display(),
+        );
+        fs::write(self.path("proc").join(&self.pid).join("maps"), line).unwrap();
+    }
+
+    fn find(&self) -> Result<Backing, MemoryError> {
+        let domain = DomainXml::parse(&format!(
+            "<domain id='1'><name>web1</name><uuid>{UUID}</uuid><memory>1024</memory></domain>"
+        ))
+        .unwrap();
+        find_in(&self.path("proc"), &domain, &self.path("run"))
+    }
+
+    fn error(&self) -> MemoryError {
+        self.find().expect_err("found")
+    }
+}
+
+#[test]
+fn finds_and_opens_the_file() {
+    let host = Host::new();
+    // Others that are not it.
+    fs::create_dir_all(host.path("proc/1")).unwrap();
+    fs::write(host.path("proc/1/cmdline"), format!("sh\0-uuid\0{UUID}\0")).unwrap();
+    fs::create_dir_all(host.path("proc/self")).unwrap();
+    fs::create_dir_all(host.path("proc/2")).unwrap();
+    fs::write(host.path("proc/2/cmdline"), "qemu\0-uuid\0x\0").unwrap();
+
+    let backing = host.find().unwrap();
+    assert_eq!(backing.qemu.pid.to_string(), host.pid);
+    assert_eq!(backing.qemu.start_time, 4711);
+    assert_eq!(backing.machine.as_deref(), Some("pc-q35-7.2"));
+    assert_eq!(backing.modules.len(), 0);
+    let [file] = &backing.files[..] else {
+        panic!("{:?}", backing.files)
+    };
+    assert_eq!((file.id.as_str(), file.size), ("pc.ram", SIZE));
+    assert_eq!(file.path, host.file());
+    let opened = file.file.metadata().unwrap();
+    assert_eq!(opened.ino(), fs::metadata(host.file()).unwrap().ino());
+}
+
+#[test]
+fn no_process_is_not_running() {
+    let host = Host::new();
+    host.set_arguments(&["qemu".to_owned(), "-uuid".to_owned(), "x".to_owned()]);
+    let error = host.error();
+    assert!(matches!(error, MemoryError::NotRunning { .. }), "{error}");
+    assert!(error.to_string().contains("`virsh start web1`"), "{error}");
+}
+
+#[test]
+fn of_several_processes_the_pid_file_tells_the_right_one() {
+    let host = Host::new();
+    let mut child = std::process::Command::new("sleep")
+        .arg("60")
+        .spawn()
+        .unwrap();
+    let second = host.path("proc").join(child.id().to_string());
+    fs::create_dir_all(&second).unwrap();
+    for name in ["cmdline", "stat"] {
+        fs::copy(
+            host.path("proc").join(&host.pid).join(name),
+            second.join(name),
+        )
+        .unwrap();
+    }
+    let error = host.error();
+    assert!(matches!(error, MemoryError::Several { .. }), "{error}");
+    fs::write(host.path("run/web1.pid"), format!("{}\n", host.pid)).unwrap();
+    assert_eq!(host.find().unwrap().qemu.pid.to_string(), host.pid);
+
+    // A stale PID file leads nowhere, and the one process left is it.
+    fs::write(host.path("run/web1.pid"), "1").unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert_eq!(host.find().unwrap().qemu.pid.to_string(), host.pid);
+}
+
+#[test]
+fn memory_without_a_file_names_the_way_to_get_one() {
+    let host = Host::new();
+    let mut arguments = host.arguments("true");
+    arguments[4] = r#"{"qom-type":"memory-backend-ram","id":"pc.ram","size":1048576}"#.into();
+    host.set_arguments(&arguments);
+    let error = host.error();
+    assert!(
+        matches!(error, MemoryError::NotFileBacked { .. }),
+        "{error}"
+    );
+    assert!(
+        error.to_string().contains("`xftrace enroll web1`"),
+        "{error}"
+    );
+}
+
+#[test]
+fn private_memory_is_refused_whoever_says_so() {
+    let host = Host::new();
+    host.map(SIZE, "rw-p", "");
+    let error = host.error();
+    assert!(matches!(error, MemoryError::Private { .. }), "{error}");
+    let host = Host::new();
+    host.set_arguments(&host.arguments("false"));
+    let error = host.error();
+    assert!(matches!(error, MemoryError::Private { .. }), "{error}");
+}
+
+#[test]
+fn an_unlinked_file_is_told_also_where_another_took_its_name() {
+    let host = Host::new();
+    host.map(SIZE, "rw-s", " (deleted)");
+    // Kept, so that the new file cannot get the same inode number.
+    fs::rename(host.file(), host.path("ram/kept")).unwrap();
+    let error = host.error();
+    assert!(
+        matches!(error, MemoryError::Unlinked { another: false, .. }),
+        "{error}"
+    );
+    host.set_size(SIZE);
+    let error = host.error();
+    assert!(
+        matches!(error, MemoryError::Unlinked { another: true, .. }),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_file_that_is_not_mapped_is_not_handed_out() {
+    let host = Host::new();
+    host.map(SIZE / 2, "rw-s", "");
+    let error = host.error();
+    assert!(matches!(error, MemoryError::NotMapped { mapped, .. } if mapped == SIZE / 2));
+    fs::rename(host.file(), host.path("ram/kept")).unwrap();
+    host.set_size(SIZE);
+    let error = host.error();
+    assert!(
+        matches!(error, MemoryError::NotMapped { mapped: 0, .. }),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_truncated_file_names_both_sizes() {
+    let host = Host::new();
+    host.set_size(SIZE / 4);
+    let error = host.error();
+    assert!(matches!(error, MemoryError::Truncated { .. }), "{error}");
+    let text = error.to_string();
+    assert!(
+        text.contains("262144") && text.contains("1048576"),
+        "{text}"
+    );
+}
+
+#[test]
+fn what_is_no_file_is_not_opened() {
+    let host = Host::new();
+    fs::remove_file(host.file()).unwrap();
+    nix::unistd::mkfifo(&host.file(), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let error = host.error();
+    assert!(matches!(error, MemoryError::Io { .. }), "{error}");
+    fs::remove_file(host.file()).unwrap();
+    symlink("/etc/passwd", host.file()).unwrap();
+    assert!(matches!(host.error(), MemoryError::Io { .. }));
+}
+
+#[test]
+fn the_path_of_the_real_proc_is_searched() {
+    let domain = DomainXml::parse(
+        "<domain><name>none</name><uuid>00000000-0000-0000-0000-0000000000ff</uuid>\
+         <memory>1024</memory></domain>",
+    )
+    .unwrap();
+    let error = find_backing(&domain, Path::new("/nonexistent")).unwrap_err();
+    assert!(matches!(error, MemoryError::NotRunning { .. }), "{error}");
+}
