@@ -25,6 +25,7 @@
 //! control block that the guest patch keeps in its image.
 
 mod address;
+pub mod control;
 mod escape;
 mod find;
 mod identify;
