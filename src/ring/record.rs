@@ -180,6 +180,8 @@ pub enum ForgedWhy {
     NotDecodable,
     /// It names an epoch lower than one that its CPU has already used.
     StaleEpoch,
+    /// Its running number was used before: it is a copy.
+    Replayed,
     /// It is a plain function-graph record, in a keyed trace.
     Unkeyed,
     /// Its size or its fields are impossible.
@@ -202,6 +204,7 @@ impl ForgedWhy {
             Self::UnknownEpoch => "unknown epoch",
             Self::NotDecodable => "not decodable under its epoch",
             Self::StaleEpoch => "stale epoch",
+            Self::Replayed => "replayed",
             Self::Unkeyed => "not keyed",
             Self::BadShape => "bad shape",
         }
