@@ -1,1 +1,96 @@
-//! (to be written)
+//! A session on disk: one trace, from its start to its end.
+//!
+//! ```text
+//! /var/log/libvirt/qemu/DOMAIN.xftrace/20261123T093000Z/
+//!   session.json      what, of whom, when, and every count   (Meta)
+//!   klog              the keys                               (keys::Klog)
+//!   System.map        the symbols it is read with
+//!   ring/boot1-cpu0   what was in that CPU's buffer, as it lay there
+//!   findings.jsonl    what the guest was caught at
+//!   trace_graph.txt   the call flow
+//! ```
+//!
+//! The directory holds all that it takes to decode the session again, anywhere.
+//! [`SessionWriter`] is what the helper writes it with, while the guest runs;
+//! [`Session`] reads it, finished or not, and gives the decoded items of all
+//! CPUs in the order of their times. Nothing is held in memory that grows with
+//! the trace.
+//!
+//! This module may use `ring` and what is before it.
+
+mod meta;
+mod place;
+mod read;
+mod store;
+mod write;
+
+pub use meta::{
+    Boot, ClockPair, Counters, EndReason, Finding, FindingKind, Meta, Mode, QemuProcess, State,
+    SwitchChange, META_FILE,
+};
+pub use place::{domain_dir, list, new_dir};
+pub use read::{GuestCode, Items, Session};
+pub use store::{ChunkReader, ChunkWriter};
+pub use write::SessionWriter;
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::kernel::SymbolsError;
+use crate::keys::KlogError;
+
+/// The file in a session's directory that holds its keys.
+pub const KLOG_FILE: &str = "klog";
+/// The file in a session's directory that holds its symbols.
+pub const SYMBOLS_FILE: &str = "System.map";
+/// The file in a session's directory that holds its call flow.
+pub const GRAPH_FILE: &str = "trace_graph.txt";
+/// The file in a session's directory that holds what the guest was caught at.
+pub const FINDINGS_FILE: &str = "findings.jsonl";
+
+/// Why a session cannot be written or read.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// A file or directory of it.
+    #[error("cannot {action} {path:?}: {source}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// With which file.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// A directory without a `session.json` in it.
+    #[error("{0:?} is no session: it has no session.json; sessions are the directories below /var/log/libvirt/qemu/DOMAIN.xftrace/")]
+    NotASession(PathBuf),
+    /// A `session.json` that cannot be understood.
+    #[error("{path:?} cannot be understood: {source}")]
+    Meta {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: serde_json::Error,
+    },
+    /// A file of records that is none.
+    #[error("{0:?} holds no ring-buffer chunks")]
+    NotChunks(PathBuf),
+    /// The keys.
+    #[error(transparent)]
+    Klog(#[from] KlogError),
+    /// The symbols.
+    #[error(transparent)]
+    Symbols(#[from] SymbolsError),
+}
+
+impl SessionError {
+    /// For `map_err` on what was tried with a file.
+    fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io {
+            action,
+            path,
+            source,
+        }
+    }
+}

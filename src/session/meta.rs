@@ -1,0 +1,266 @@
+//! `session.json`: what a session is.
+
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::kernel::control::RecordTypes;
+use crate::keys::Tamper;
+
+use super::SessionError;
+
+/// The name of the file in the session's directory.
+pub const META_FILE: &str = "session.json";
+
+/// How far a record can be trusted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// Records carry addresses under the host's keys.
+    Keyed,
+}
+
+/// Whether a session still grows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    /// A helper writes it, or did until it was killed.
+    Open,
+    /// It is complete.
+    Closed,
+}
+
+/// Why a session ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EndReason {
+    /// `xftrace off`.
+    Off,
+    /// The VM ended.
+    VmEnded,
+    /// The helper was told to stop.
+    HelperStopped,
+    /// The session reached the size that the configuration allows.
+    SizeLimit,
+    /// Something failed.
+    Error(String),
+}
+
+/// A moment on the guest's trace clock and on the host's wall clock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClockPair {
+    /// Guest trace clock, nanoseconds.
+    pub guest_ns: u64,
+    /// Host wall clock, nanoseconds since 1970, UTC.
+    pub host_ns: u64,
+}
+
+/// The QEMU process that runs the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QemuProcess {
+    /// Its process id.
+    pub pid: i32,
+    /// Field 22 of /proc/PID/stat, clock ticks since boot: tells it from a
+    /// later process with the same id.
+    pub start_time: u64,
+}
+
+/// One boot of the guest within the session.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Boot {
+    /// 1 for the first.
+    pub number: u32,
+    /// What the guest's kernel calls this boot.
+    pub boot_id: u64,
+    /// `linux_banner` as it stands in guest memory.
+    pub banner: String,
+    /// Run-time address minus link-time address, wrapping.
+    pub slide: u64,
+    /// Where the image lies, guest physical.
+    pub phys_text: u64,
+    /// Levels of the guest's page tables, 4 or 5.
+    pub levels: u8,
+    /// CPUs the guest's kernel can have.
+    pub nr_cpus: u32,
+    /// The record types of its kernel.
+    pub types: RecordTypes,
+    /// When the helper found it, host wall clock, nanoseconds since 1970.
+    pub found_ns: u64,
+    /// The first and the last pair of clocks, each the best of its second.
+    pub clocks: Option<(ClockPair, ClockPair)>,
+}
+
+impl Boot {
+    /// The host's wall clock at a moment of the guest's trace clock.
+    pub fn wall_ns(&self, guest_ns: u64) -> Option<u64> {
+        let (first, last) = self.clocks?;
+        let since = i128::from(guest_ns) - i128::from(first.guest_ns);
+        let guest_span = i128::from(last.guest_ns) - i128::from(first.guest_ns);
+        let host_span = i128::from(last.host_ns) - i128::from(first.host_ns);
+        // Below a minute the clocks' own drift is less than the error of a
+        // pair.
+        let elapsed = if guest_span < 60_000_000_000 || host_span <= 0 {
+            since
+        } else {
+            since * host_span / guest_span
+        };
+        u64::try_from(i128::from(first.host_ns) + elapsed).ok()
+    }
+}
+
+/// One turn of the switch.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SwitchChange {
+    /// When the guest was done, host wall clock, nanoseconds since 1970.
+    pub wall_ns: u64,
+    /// What was traced from then on; none after off.
+    pub functions: Vec<String>,
+    /// From the command to its being taken up, nanoseconds.
+    pub pickup_ns: u64,
+    /// How long the guest's kernel worked on it, nanoseconds.
+    pub worked_ns: u64,
+}
+
+/// What was counted. All of it is written out, also where it is 0.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Counters {
+    /// Bytes of events read from the guest.
+    pub bytes: u64,
+    /// Calls and returns that decoded.
+    pub records: u64,
+    /// Records that decoded under no key.
+    pub forged: u64,
+    /// Records known to be missing.
+    pub lost: u64,
+    /// Places where records are missing.
+    pub lost_places: u64,
+    /// Records of other tracers.
+    pub other: u64,
+    /// Pages that changed under each copy.
+    pub torn_pages: u64,
+    /// Rounds in which a CPU's buffer could not be followed.
+    pub damaged: u64,
+    /// Bytes read after the guest had been reset, and set aside.
+    pub after_reset_bytes: u64,
+    /// Keys and epochs that the guest changed.
+    pub tampered: u64,
+    /// Times a helper took the session over from one that had gone.
+    pub resumed: u64,
+    /// Keys that were handed out late, since the last one was not on disk in
+    /// time.
+    pub late_keys: u64,
+}
+
+/// Something the guest was caught at, one a line of `findings.jsonl`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// When it was noticed, host wall clock, nanoseconds since 1970.
+    pub wall_ns: u64,
+    /// What.
+    #[serde(flatten)]
+    pub kind: FindingKind,
+}
+
+/// What a [`Finding`] is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "finding", rename_all = "kebab-case")]
+pub enum FindingKind {
+    /// The guest changed what the host had put into `global_key`.
+    KeyChanged(Tamper),
+    /// Records that decode under no key, so many since the last line.
+    ForgedRecords {
+        /// How many.
+        records: u64,
+    },
+    /// The guest's tracer is not function_graph while the trace is on.
+    TracerOff,
+    /// The guest's ring buffer takes no records while the trace is on.
+    RecordingOff,
+}
+
+/// What `session.json` holds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Meta {
+    /// Version of this file's form: 1.
+    pub version: u32,
+    /// The domain's name.
+    pub domain: String,
+    /// The domain's UUID.
+    pub uuid: Uuid,
+    /// How far its records can be trusted.
+    pub mode: Mode,
+    /// Whether it still grows.
+    pub state: State,
+    /// The QEMU process.
+    pub qemu: QemuProcess,
+    /// When it began, host wall clock, nanoseconds since 1970.
+    pub started_ns: u64,
+    /// When it ended.
+    pub ended_ns: Option<u64>,
+    /// Why it ended.
+    pub end: Option<EndReason>,
+    /// How long a key lasts, nanoseconds.
+    pub interval_ns: u64,
+    /// The turns of the switch.
+    pub switches: Vec<SwitchChange>,
+    /// The guest's boots.
+    pub boots: Vec<Boot>,
+    /// What was counted.
+    pub counters: Counters,
+}
+
+impl Meta {
+    /// The functions traced last.
+    pub fn functions(&self) -> &[String] {
+        self.switches
+            .iter()
+            .rev()
+            .find(|change| !change.functions.is_empty())
+            .map_or(&[], |change| &change.functions)
+    }
+
+    /// Reads the `session.json` of a session's directory.
+    ///
+    /// # Errors
+    /// If it is not there or cannot be understood.
+    pub fn load(dir: &Path) -> Result<Self, SessionError> {
+        let path = dir.join(META_FILE);
+        let text = match fs::read(&path) {
+            Ok(text) => text,
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory
+                ) && dir.exists() =>
+            {
+                return Err(SessionError::NotASession(dir.to_owned()));
+            }
+            Err(error) => return Err(SessionError::io("read", path)(error)),
+        };
+        serde_json::from_slice(&text).map_err(|source| SessionError::Meta { path, source })
+    }
+
+    /// Writes the `session.json` of a session's directory, whole or not at
+    /// all.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn save(&self, dir: &Path) -> Result<(), SessionError> {
+        let path = dir.join(META_FILE);
+        let io = || SessionError::io("write", &path);
+        let mut file = tempfile::NamedTempFile::new_in(dir).map_err(io())?;
+        serde_json::to_writer_pretty(&mut file, self)
+            .map_err(std::io::Error::from)
+            .map_err(io())?;
+        file.write_all(b"\n").map_err(io())?;
+        file.as_file().sync_data().map_err(io())?;
+        file.persist(&path)
+            .map_err(|error| error.error)
+            .map_err(io())?;
+        Ok(())
+    }
+}

@@ -1,0 +1,185 @@
+//! Reads a session, finished or not.
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, VecDeque};
+use std::path::{Path, PathBuf};
+
+use crate::kernel::{Gva, Symbols};
+use crate::keys::{KeyHistory, Klog};
+use crate::ring::record::Item;
+use crate::ring::{CodeMap, Decoder};
+
+use super::store::ChunkReader;
+use super::{Boot, Meta, SessionError, KLOG_FILE, SYMBOLS_FILE};
+
+/// `MODULES_VADDR` and `MODULES_END` (arch/x86/include/asm/pgtable_64_types.h)
+/// of a kernel with RANDOMIZE_BASE, whose image has 1 GiB.
+const MODULES: std::ops::Range<u64> = 0xffff_ffff_c000_0000..0xffff_ffff_ff00_0000;
+
+/// Where code is in one boot of a guest.
+#[derive(Clone, Copy, Debug)]
+pub struct GuestCode<'a> {
+    /// The kernel's symbols, at link-time addresses.
+    pub symbols: &'a Symbols,
+    /// Run-time address minus link-time address, wrapping.
+    pub slide: u64,
+}
+
+impl CodeMap for GuestCode<'_> {
+    fn is_function(&self, at: Gva) -> bool {
+        self.symbols
+            .is_function_start(Gva(at.0.wrapping_sub(self.slide)))
+            || MODULES.contains(&at.0)
+    }
+}
+
+/// A session on disk.
+#[derive(Debug)]
+pub struct Session {
+    dir: PathBuf,
+    /// What it is.
+    pub meta: Meta,
+    /// Its symbols.
+    pub symbols: Symbols,
+    /// Its keys.
+    pub keys: KeyHistory,
+}
+
+impl Session {
+    /// Opens the session in `dir`.
+    ///
+    /// # Errors
+    /// If any of its files is missing or cannot be understood.
+    pub fn open(dir: &Path) -> Result<Self, SessionError> {
+        let meta = Meta::load(dir)?;
+        let symbols = Symbols::load(&dir.join(SYMBOLS_FILE))?;
+        let keys = Klog::read(&dir.join(KLOG_FILE))?;
+        Ok(Self {
+            dir: dir.to_owned(),
+            meta,
+            symbols,
+            keys,
+        })
+    }
+
+    /// Where it lies.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// All that was recorded, decoded: boot after boot, and within a boot the
+    /// CPUs' items by their times.
+    pub fn items(&self) -> Items<'_> {
+        Items {
+            session: self,
+            boots: self.meta.boots.iter(),
+            merge: None,
+        }
+    }
+}
+
+/// Iterator of [`Session::items`]. Holds a page's items of each CPU.
+pub struct Items<'a> {
+    session: &'a Session,
+    boots: std::slice::Iter<'a, Boot>,
+    merge: Option<Merge<'a>>,
+}
+
+impl Iterator for Items<'_> {
+    type Item = Result<Item, SessionError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            if let Some(merge) = &mut self.merge {
+                match merge.next() {
+                    Ok(Some(item)) => return Some(Ok(item)),
+                    Ok(None) => {}
+                    Err(error) => {
+                        self.merge = None;
+                        return Some(Err(error));
+                    }
+                }
+            }
+            match Merge::new(self.session, self.boots.next()?) {
+                Ok(merge) => self.merge = Some(merge),
+                Err(error) => return Some(Err(error)),
+            }
+        }
+    }
+}
+
+/// Merges the CPUs of one boot.
+struct Merge<'a> {
+    keys: &'a KeyHistory,
+    code: GuestCode<'a>,
+    streams: Vec<Stream>,
+    /// (time, stream) of the first item of each stream that has one.
+    heads: BinaryHeap<Reverse<(u64, usize)>>,
+}
+
+/// The items of one CPU.
+struct Stream {
+    chunks: ChunkReader,
+    decoder: Decoder,
+    items: VecDeque<Item>,
+}
+
+impl<'a> Merge<'a> {
+    fn new(session: &'a Session, boot: &Boot) -> Result<Self, SessionError> {
+        let mut merge = Self {
+            keys: &session.keys,
+            code: GuestCode {
+                symbols: &session.symbols,
+                slide: boot.slide,
+            },
+            streams: Vec::new(),
+            heads: BinaryHeap::new(),
+        };
+        for cpu in 0..boot.nr_cpus.min(u32::from(u16::MAX)) as u16 {
+            if let Some(chunks) = ChunkReader::open(&session.dir, boot.number, cpu)? {
+                let decoder = Decoder::new(boot.types, boot.number);
+                merge.streams.push(Stream {
+                    chunks,
+                    decoder,
+                    items: VecDeque::new(),
+                });
+                merge.refill(merge.streams.len() - 1)?;
+            }
+        }
+        Ok(merge)
+    }
+
+    fn next(&mut self) -> Result<Option<Item>, SessionError> {
+        let Some(Reverse((_, index))) = self.heads.pop() else {
+            return Ok(None);
+        };
+        let item = self
+            .streams
+            .get_mut(index)
+            .and_then(|stream| stream.items.pop_front());
+        self.refill(index)?;
+        Ok(item)
+    }
+
+    /// Has the stream's next item take part, after decoding more if it takes.
+    fn refill(&mut self, index: usize) -> Result<(), SessionError> {
+        let Some(stream) = self.streams.get_mut(index) else {
+            return Ok(());
+        };
+        while stream.items.is_empty() {
+            let Some(chunk) = stream.chunks.next_chunk()? else {
+                return Ok(());
+            };
+            let items = &mut stream.items;
+            stream
+                .decoder
+                .chunk(&chunk, self.keys, &self.code, &mut |item| {
+                    items.push_back(item)
+                });
+        }
+        if let Some(first) = stream.items.front() {
+            self.heads.push(Reverse((first.time, index)));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,190 @@
+//! Writes a session while the guest runs.
+
+use std::collections::HashMap;
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::ring::Chunk;
+
+use super::store::{ChunkReader, ChunkWriter};
+use super::{Finding, Meta, SessionError, FINDINGS_FILE, SYMBOLS_FILE};
+
+/// A session that grows.
+#[derive(Debug)]
+pub struct SessionWriter {
+    dir: PathBuf,
+    /// What it is; [`SessionWriter::save`] writes it.
+    pub meta: Meta,
+    chunks: HashMap<u16, ChunkWriter>,
+    findings: File,
+    /// Bytes of ring files.
+    size: u64,
+}
+
+impl SessionWriter {
+    /// Makes the directory `dir` of a new session, for root's eyes only, with
+    /// a copy of the symbols that `symbols` names.
+    ///
+    /// # Errors
+    /// If it is there already or cannot be written.
+    pub fn create(dir: &Path, meta: Meta, symbols: &Path) -> Result<Self, SessionError> {
+        let private = |path: &Path| {
+            DirBuilder::new()
+                .mode(0o700)
+                .create(path)
+                .map_err(SessionError::io("create", path))
+        };
+        private(dir)?;
+        private(&dir.join("ring"))?;
+        let copy = dir.join(SYMBOLS_FILE);
+        fs::copy(symbols, &copy).map_err(SessionError::io("copy the symbols to", copy))?;
+        let writer = Self::open(dir, meta)?;
+        writer.save()?;
+        Ok(writer)
+    }
+
+    /// Goes on with the session in `dir`, whose helper has gone.
+    ///
+    /// # Errors
+    /// If it cannot be understood or written.
+    pub fn resume(dir: &Path) -> Result<Self, SessionError> {
+        let meta = Meta::load(dir)?;
+        let mut writer = Self::open(dir, meta)?;
+        for entry in fs::read_dir(dir.join("ring")).map_err(SessionError::io("read", dir))? {
+            let entry = entry.map_err(SessionError::io("read", dir))?;
+            writer.size += entry.metadata().map_or(0, |file| file.len());
+        }
+        Ok(writer)
+    }
+
+    fn open(dir: &Path, meta: Meta) -> Result<Self, SessionError> {
+        let path = dir.join(FINDINGS_FILE);
+        let findings = OpenOptions::new()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(SessionError::io("open", path))?;
+        Ok(Self {
+            dir: dir.to_owned(),
+            meta,
+            chunks: HashMap::new(),
+            findings,
+            size: 0,
+        })
+    }
+
+    /// Where it lies.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// How large its ring files are, bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Where reading stopped in the newest boot: for each CPU that left
+    /// something, the page's time stamp and how far it was read.
+    ///
+    /// # Errors
+    /// If a file cannot be read.
+    pub fn positions(&self) -> Result<Vec<(u16, u64, u32)>, SessionError> {
+        let Some(boot) = self.meta.boots.last() else {
+            return Ok(Vec::new());
+        };
+        let mut positions = Vec::new();
+        for cpu in 0..boot.nr_cpus.min(u32::from(u16::MAX)) as u16 {
+            let Some(mut chunks) = ChunkReader::open(&self.dir, boot.number, cpu)? else {
+                continue;
+            };
+            let mut last = None;
+            while let Some(chunk) = chunks.next_chunk()? {
+                last = Some((
+                    cpu,
+                    chunk.page_time,
+                    chunk.offset + chunk.bytes.len() as u32,
+                ));
+            }
+            positions.extend(last);
+        }
+        Ok(positions)
+    }
+
+    /// Begins the next boot: its chunks go to files of their own.
+    ///
+    /// # Errors
+    /// If what is buffered cannot be written.
+    pub fn next_boot(&mut self) -> Result<(), SessionError> {
+        self.flush()?;
+        self.chunks.clear();
+        Ok(())
+    }
+
+    /// Stores a chunk of the newest boot.
+    ///
+    /// # Errors
+    /// If it cannot be written; the caller has the reader note the gap
+    /// ([`crate::ring::Gap::DiskFull`]).
+    pub fn append(&mut self, chunk: &Chunk) -> Result<(), SessionError> {
+        let boot = self.meta.boots.last().map_or(1, |boot| boot.number);
+        let writer = match self.chunks.entry(chunk.cpu) {
+            std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
+            std::collections::hash_map::Entry::Vacant(entry) => {
+                entry.insert(ChunkWriter::open(&self.dir, boot, chunk.cpu)?)
+            }
+        };
+        match writer.append(chunk, wall_ns()) {
+            Ok(bytes) => {
+                self.size += bytes;
+                Ok(())
+            }
+            Err(error) => {
+                // What was half written is cut off when it is opened again.
+                self.chunks.remove(&chunk.cpu);
+                Err(error)
+            }
+        }
+    }
+
+    /// Hands what is buffered to the operating system.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn flush(&mut self) -> Result<(), SessionError> {
+        self.chunks.values_mut().try_for_each(ChunkWriter::flush)
+    }
+
+    /// Notes what the guest was caught at.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn finding(&mut self, finding: &Finding) -> Result<(), SessionError> {
+        let path = self.dir.join(FINDINGS_FILE);
+        let mut line = serde_json::to_vec(finding)
+            .map_err(std::io::Error::from)
+            .map_err(SessionError::io("write", &path))?;
+        line.push(b'\n');
+        self.findings
+            .write_all(&line)
+            .map_err(SessionError::io("write", path))
+    }
+
+    /// Writes `session.json`.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn save(&self) -> Result<(), SessionError> {
+        self.meta.save(&self.dir)
+    }
+}
+
+/// The host's wall clock, nanoseconds since 1970.
+fn wall_ns() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |time| time.as_nanos() as u64)
+}
