@@ -21,6 +21,7 @@ pub mod keys;
 pub mod libvirt;
 pub mod output;
 pub mod ram;
+pub mod report;
 pub mod ring;
 pub mod session;
 pub mod switch;

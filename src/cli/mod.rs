@@ -15,6 +15,7 @@
 //!   [`Context::config`], so that `--help` and the hook never fail on it.
 
 pub mod args;
+mod client;
 mod doctor;
 mod enroll;
 mod follow;

@@ -1,9 +1,39 @@
 //! `xftrace on`.
 
-use super::{Context, Exit};
+use std::time::Duration;
+
+use super::{client, out, target, Context, Exit};
 use crate::cli::args::OnArgs;
+use crate::helper::protocol::{Reply, Request};
 
 /// Runs the command.
-pub(super) fn run(_context: &Context, _args: &OnArgs) -> anyhow::Result<Exit> {
-    anyhow::bail!("'on' is not built yet")
+pub(super) fn run(context: &Context, args: &OnArgs) -> anyhow::Result<Exit> {
+    let config = context.config()?;
+    let domain = target::running(context, &config, args.domain.domain.as_deref())?;
+    let request = Request::On {
+        functions: args.functions.clone(),
+        interval_ns: args.interval.map(|time| time.as_nanos() as u64),
+        buffer_kb: args.buffer_size.map(|size| (size.0 >> 10) as u32),
+    };
+    let Reply::On {
+        functions,
+        session,
+        pickup_ns,
+        worked_ns,
+    } = client::ask(context, &config, &domain, &request)?
+    else {
+        anyhow::bail!("the helper's answer is none to 'on'; is it of another version?");
+    };
+    let millis = |ns| Duration::from_nanos(ns).as_millis();
+    out::message(&format!(
+        "tracing {} in domain '{}'\n\
+         xftrace: the guest took it up after {} ms and patched its call sites in {} ms\n\
+         xftrace: recording to {}",
+        functions.join(" "),
+        client::name(&domain),
+        millis(pickup_ns),
+        millis(worked_ns),
+        session.display()
+    ));
+    Ok(Exit::Done)
 }

@@ -1,9 +1,123 @@
 //! `xftrace status`.
 
-use super::{Context, Exit};
+use std::io::Write;
+use std::time::Duration;
+
+use super::out::Stdout;
+use super::{client, target, Context, Exit};
 use crate::cli::args::StatusArgs;
+use crate::helper::protocol::{GuestStatus, Reply, Request, Status};
+use crate::libvirt::run_dir::RunDir;
 
 /// Runs the command.
-pub(super) fn run(_context: &Context, _args: &StatusArgs) -> anyhow::Result<Exit> {
-    anyhow::bail!("'status' is not built yet")
+pub(super) fn run(context: &Context, args: &StatusArgs) -> anyhow::Result<Exit> {
+    let config = context.config()?;
+    let domains = match &args.domain {
+        Some(domain) => vec![target::running(context, &config, Some(domain))?],
+        None => RunDir::at(&config.paths.run).domains(),
+    };
+    let mut all = Vec::new();
+    for domain in &domains {
+        let Some(mut line) = client::connect_running(&config, domain)? else {
+            if args.domain.is_some() {
+                anyhow::bail!(
+                    "no helper runs for domain '{}'; 'xftrace doctor {}' says why",
+                    client::name(domain),
+                    client::name(domain)
+                );
+            }
+            continue;
+        };
+        line.patience(Some(Duration::from_secs(5)))?;
+        line.send(&Request::Status)?;
+        match line.receive()? {
+            Some(Reply::Status(status)) => all.push(*status),
+            _ => anyhow::bail!(
+                "the helper of domain '{}' gave no status",
+                client::name(domain)
+            ),
+        }
+    }
+    let mut stdout = Stdout::new();
+    if args.json {
+        serde_json::to_writer_pretty(&mut stdout, &all)?;
+        writeln!(stdout)?;
+    } else if all.is_empty() {
+        super::out::message("no helper runs; 'xftrace list' shows the domains");
+    } else {
+        for status in &all {
+            print(&mut stdout, status)?;
+        }
+    }
+    Ok(Exit::Done)
+}
+
+fn print(out: &mut impl Write, status: &Status) -> std::io::Result<()> {
+    writeln!(
+        out,
+        "domain     {} ({})",
+        status.domain.escape_debug(),
+        status.uuid
+    )?;
+    writeln!(
+        out,
+        "  helper   {} for QEMU process {}",
+        status.helper_pid, status.qemu.pid
+    )?;
+    for file in &status.memory {
+        writeln!(out, "  memory   {}", file.display())?;
+    }
+    match &status.guest {
+        GuestStatus::Searching { why } => writeln!(out, "  kernel   not found: {why}")?,
+        GuestStatus::Alive {
+            banner,
+            slide,
+            levels,
+            silent_ms,
+            symbols,
+        } => {
+            writeln!(out, "  kernel   {banner}")?;
+            writeln!(out, "           slide {slide:#x}, {levels}-level paging, last heartbeat {silent_ms} ms ago")?;
+            writeln!(out, "  symbols  {}", symbols.display())?;
+        }
+    }
+    let Some(trace) = &status.trace else {
+        writeln!(out, "  trace    off")?;
+        if let Some(last) = &status.last_session {
+            writeln!(out, "  last     {}", last.display())?;
+        }
+        return Ok(());
+    };
+    let counters = &trace.counters;
+    writeln!(
+        out,
+        "  trace    on ({}): {}",
+        trace.mode,
+        trace.functions.join(" ")
+    )?;
+    writeln!(
+        out,
+        "  session  {} ({} bytes stored)",
+        trace.session.display(),
+        trace.stored
+    )?;
+    writeln!(
+        out,
+        "  keys     epoch {}, one each {}; {} late; {} changed by the guest",
+        trace.epoch,
+        humantime::format_duration(Duration::from_nanos(trace.interval_ns)),
+        counters.late_keys,
+        counters.tampered
+    )?;
+    writeln!(out, "  boot     {} of the session", trace.boot)?;
+    writeln!(
+        out,
+        "  records  {}; lost {} in {} places; forged {}; other tracers' {}",
+        counters.records, counters.lost, counters.lost_places, counters.forged, counters.other
+    )?;
+    writeln!(
+        out,
+        "  reading  {} torn pages, {} damaged rounds, {} bytes set aside after a reset, {} takeovers",
+        counters.torn_pages, counters.damaged, counters.after_reset_bytes, counters.resumed
+    )
 }

@@ -1,1 +1,31 @@
-//! (to be written)
+//! The helper: one process for each running domain that is traced.
+//!
+//! ```text
+//!  xftrace on/off/status --socket--> server --jobs--> Engine --+-- Watch   the guest's kernel: which, where, alive?
+//!                                                              +-- Trace   one open session
+//!  QEMU's end, SIGTERM ------------- poll --------------^             +-- KeyThread  a fresh key at an interval
+//!                                                                     +-- RingReader -> SessionWriter, Decoder
+//! ```
+//!
+//! The engine is one thread that never blocks for long: it drains the guest's
+//! buffers every few milliseconds while a trace is on, and does everything
+//! else between two rounds. Keys are handed out by a thread of their own,
+//! since noting a key waits for the disk. Connections have threads too, which
+//! only pass on what the engine says.
+//!
+//! The helper writes to guest memory in two places only, the key slots and the
+//! command page, and only while the kernel that it found there is seen to
+//! live (`watch::Liveness`): after a reset that memory belongs to something
+//! else. It never stops the guest, and the guest's end is its own.
+
+mod attach;
+mod engine;
+mod keyring;
+pub mod protocol;
+mod ratelimit;
+mod server;
+mod trace;
+mod watch;
+
+pub use attach::{attach, Attached};
+pub use engine::{run, Options};

@@ -1,0 +1,109 @@
+//! How the commands find a domain's helper and talk to it.
+
+use std::io;
+use std::time::Duration;
+
+use anyhow::{anyhow, bail, Context as _};
+
+use crate::config::Config;
+use crate::helper::protocol::{Line, Reply, Request};
+use crate::libvirt::connection::{Connection, Mode};
+use crate::libvirt::launch::Launch;
+use crate::libvirt::run_dir::RunDir;
+use crate::libvirt::xml::DomainXml;
+
+use super::{out, Context};
+
+/// For a helper that was just started to listen.
+const START_LIMIT: Duration = Duration::from_secs(5);
+/// Without a word from the helper for so long, something is wrong with it.
+const PATIENCE: Duration = Duration::from_secs(180);
+
+/// Asks the helper of a running domain, and gives its final answer. Progress
+/// goes to standard error. Where no helper runs, one is started.
+pub(super) fn ask(
+    context: &Context,
+    config: &Config,
+    domain: &DomainXml,
+    request: &Request,
+) -> anyhow::Result<Reply> {
+    let mut line = connect(context, config, domain)?;
+    line.patience(Some(PATIENCE))?;
+    line.send(request).context("asking the domain's helper")?;
+    loop {
+        let reply = line
+            .receive::<Reply>()
+            .context("waiting for the domain's helper")?;
+        match reply {
+            Some(Reply::Progress { text }) => out::message(&text),
+            Some(Reply::Error { text }) => bail!("domain '{}': {text}", name(domain)),
+            Some(reply) => return Ok(reply),
+            None => bail!(
+                "the helper of domain '{}' ended without an answer; see the system log",
+                name(domain)
+            ),
+        }
+    }
+}
+
+/// Connects to a domain's helper, if one runs.
+pub(super) fn connect_running(config: &Config, domain: &DomainXml) -> anyhow::Result<Option<Line>> {
+    match Line::connect(&RunDir::at(&config.paths.run), domain.uuid) {
+        Ok(line) => Ok(Some(line)),
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+            ) =>
+        {
+            Ok(None)
+        }
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Err(anyhow!(
+            "no permission to talk to the helper of domain '{}' in {}: run xftrace as root",
+            name(domain),
+            config.paths.run.display()
+        )),
+        Err(error) => Err(error)
+            .with_context(|| format!("cannot reach the helper of domain '{}'", name(domain))),
+    }
+}
+
+fn connect(context: &Context, config: &Config, domain: &DomainXml) -> anyhow::Result<Line> {
+    if let Some(line) = connect_running(config, domain)? {
+        return Ok(line);
+    }
+    start_helper(context, config, domain)?;
+    let started = std::time::Instant::now();
+    while started.elapsed() < START_LIMIT {
+        if let Some(line) = connect_running(config, domain)? {
+            return Ok(line);
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    bail!(
+        "no helper runs for domain '{}', and the one that was started did not stay; \
+         see the system log, or run 'xftrace doctor {}'",
+        name(domain),
+        name(domain)
+    )
+}
+
+/// Starts a helper as the hook would have: the domain ran before the hook was
+/// there, or its helper was killed.
+fn start_helper(context: &Context, config: &Config, domain: &DomainXml) -> anyhow::Result<()> {
+    let connection = Connection::open(context.global.connect.as_deref(), Mode::ReadOnly)?;
+    let xml = connection.domain(&domain.uuid.to_string())?.live_xml()?;
+    let saved = RunDir::at(&config.paths.run).save(domain.uuid, xml.as_bytes())?;
+    Launch {
+        uuid: domain.uuid,
+        xml: &saved,
+        config: context.global.named_config(),
+    }
+    .start()?;
+    Ok(())
+}
+
+/// A domain's name for a message.
+pub(super) fn name(domain: &DomainXml) -> String {
+    domain.name.escape_debug().to_string()
+}

@@ -1,0 +1,213 @@
+//! The thread that hands out keys.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::kernel::control::Control;
+use crate::keys::{KeyController, KeyError, KeyHistory, Klog, Tamper};
+use crate::ram::GuestRam;
+
+use super::watch::{wall_ns, Liveness};
+
+/// What was handed out is compared at least this often.
+const VERIFY_EVERY: Duration = Duration::from_secs(1);
+/// How often it is tried to hand a guest that booted its first key.
+const FIRST_KEY_EVERY: Duration = Duration::from_millis(20);
+
+/// What the thread and the engine share.
+#[derive(Debug)]
+pub(super) struct Shared {
+    /// The keys so far, for decoding what was just read.
+    pub(super) history: RwLock<KeyHistory>,
+    /// What the guest changed, with when it was noticed (wall clock, ns).
+    found: Mutex<Vec<(u64, Tamper)>>,
+    /// Why no key could be handed out, since the last one was.
+    trouble: Mutex<Option<String>>,
+    /// Keys that came later than their interval.
+    late: AtomicU64,
+    /// The guest's control block; none while the guest is down.
+    target: Mutex<Option<(Control, bool)>>,
+    stop: AtomicBool,
+    wake: (Mutex<()>, Condvar),
+}
+
+/// The thread, and what is shared with it. Stops when dropped.
+#[derive(Debug)]
+pub(super) struct KeyThread {
+    pub(super) shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl KeyThread {
+    /// Hands out a first key at once and the others at `interval`, to the
+    /// guest with this control block.
+    ///
+    /// # Errors
+    /// If the first key cannot be handed out.
+    pub(super) fn start(
+        klog: Klog,
+        history: KeyHistory,
+        interval: Duration,
+        control: Control,
+        ram: Arc<dyn GuestRam>,
+        liveness: Arc<Liveness>,
+    ) -> Result<Self, KeyError> {
+        let mut keys = KeyController::new(klog, control.keys(), control.ident.key_slots);
+        let shared = Arc::new(Shared {
+            history: RwLock::new(history),
+            found: Mutex::default(),
+            trouble: Mutex::default(),
+            late: AtomicU64::new(0),
+            target: Mutex::new(Some((control, false))),
+            stop: AtomicBool::new(false),
+            wake: (Mutex::new(()), Condvar::new()),
+        });
+        shared.rotate(&mut keys, &*ram)?;
+        let thread = {
+            let shared = Arc::clone(&shared);
+            std::thread::Builder::new()
+                .name("keys".to_owned())
+                .spawn(move || shared.run(keys, interval, &*ram, &liveness))
+                .map_err(|error| KeyError::Random(error.to_string()))?
+        };
+        Ok(Self {
+            shared,
+            thread: Some(thread),
+        })
+    }
+
+    /// The guest is down, or up again with another control block, whose first
+    /// key is to be handed out at once.
+    pub(super) fn retarget(&self, control: Option<Control>) {
+        *lock(&self.shared.target) = control.map(|control| (control, true));
+        self.wake();
+    }
+
+    /// Whether the guest that was retargeted to has its first key.
+    pub(super) fn ready(&self) -> bool {
+        lock(&self.shared.target).is_some_and(|(_, new)| !new)
+    }
+
+    /// What the guest changed since this was asked last.
+    pub(super) fn take_found(&self) -> Vec<(u64, Tamper)> {
+        std::mem::take(&mut *lock(&self.shared.found))
+    }
+
+    /// Why no key could be handed out, told once.
+    pub(super) fn take_trouble(&self) -> Option<String> {
+        lock(&self.shared.trouble).take()
+    }
+
+    /// Keys that came later than their interval, so far.
+    pub(super) fn late(&self) -> u64 {
+        self.shared.late.load(Ordering::Relaxed)
+    }
+
+    /// The key in use.
+    pub(super) fn epoch(&self) -> u64 {
+        self.shared
+            .history
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .last_epoch()
+    }
+
+    fn wake(&self) {
+        let _held = lock(&self.shared.wake.0);
+        self.shared.wake.1.notify_all();
+    }
+}
+
+impl Drop for KeyThread {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Release);
+        self.wake();
+        if let Some(thread) = self.thread.take() {
+            // It has nothing to tell but that it is gone.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    fn run(
+        &self,
+        mut keys: KeyController,
+        interval: Duration,
+        ram: &dyn GuestRam,
+        liveness: &Liveness,
+    ) {
+        let mut due = Instant::now() + interval;
+        while !self.stop.load(Ordering::Acquire) {
+            let target = *lock(&self.target);
+            let look_in = match target {
+                Some((_, true)) => FIRST_KEY_EVERY,
+                _ => VERIFY_EVERY.min(interval),
+            };
+            self.wait(due.min(Instant::now() + look_in));
+            let target = *lock(&self.target);
+            let Some((control, new)) = target else {
+                due = Instant::now() + interval;
+                continue;
+            };
+            if new {
+                keys.rebooted(control.keys(), control.ident.key_slots);
+            }
+            if !liveness.is_fresh(ram, &control) {
+                continue;
+            }
+            match keys.verify(ram) {
+                Ok(found) => {
+                    let now = wall_ns();
+                    lock(&self.found).extend(found.into_iter().map(|tamper| (now, tamper)));
+                }
+                Err(error) => *lock(&self.trouble) = Some(error.to_string()),
+            }
+            let now = Instant::now();
+            if now < due && !new {
+                continue;
+            }
+            if now > due + interval {
+                self.late.fetch_add(1, Ordering::Relaxed);
+                due = now;
+            }
+            match self.rotate(&mut keys, ram) {
+                Ok(()) => {
+                    if new {
+                        let mut target = lock(&self.target);
+                        if let Some((current, new)) = &mut *target {
+                            *new &= current.ident.boot_id != control.ident.boot_id;
+                        }
+                    }
+                }
+                Err(error) => *lock(&self.trouble) = Some(error.to_string()),
+            }
+            due += interval;
+        }
+    }
+
+    /// Sleeps until `until`, or until something changed.
+    fn wait(&self, until: Instant) {
+        let held = lock(&self.wake.0);
+        let time = until.saturating_duration_since(Instant::now());
+        if !self.stop.load(Ordering::Acquire) && !time.is_zero() {
+            drop(self.wake.1.wait_timeout(held, time));
+        }
+    }
+
+    fn rotate(&self, keys: &mut KeyController, ram: &dyn GuestRam) -> Result<(), KeyError> {
+        let note = |entry| {
+            self.history
+                .write()
+                .unwrap_or_else(PoisonError::into_inner)
+                .push(entry);
+        };
+        keys.rotate(ram, note).map(drop)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,201 @@
+//! What `xftrace` and a helper say to each other over the helper's socket:
+//! one JSON value a line, a request, then replies until one that is not
+//! [`Reply::Progress`].
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::libvirt::run_dir::RunDir;
+use crate::session::{Counters, QemuProcess};
+
+/// A line longer than this is not ours.
+const LINE_LIMIT: u64 = 1 << 20;
+
+/// What can be asked of a helper.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "do", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Request {
+    /// How things stand.
+    Status,
+    /// Begin a trace, or trace other functions.
+    On {
+        /// As typed; none means the domain's or the configuration's.
+        functions: Vec<String>,
+        /// How long a key lasts, nanoseconds.
+        interval_ns: Option<u64>,
+        /// The ring buffer of each CPU, KiB.
+        buffer_kb: Option<u32>,
+    },
+    /// End the trace.
+    Off,
+}
+
+/// What a helper answers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "is", rename_all = "kebab-case")]
+pub enum Reply {
+    /// More is to come.
+    Progress {
+        /// For people.
+        text: String,
+    },
+    /// To [`Request::Status`].
+    Status(Box<Status>),
+    /// To [`Request::On`]: the trace is on.
+    On {
+        /// What is traced, as the guest's kernel calls it.
+        functions: Vec<String>,
+        /// The session.
+        session: PathBuf,
+        /// Until the guest took the command up, nanoseconds.
+        pickup_ns: u64,
+        /// How long its kernel worked on it, nanoseconds.
+        worked_ns: u64,
+    },
+    /// To [`Request::Off`]: the session is closed.
+    Off {
+        /// The session.
+        session: PathBuf,
+        /// Its call flow.
+        graph: PathBuf,
+        /// What was counted.
+        counters: Counters,
+    },
+    /// It could not be done.
+    Error {
+        /// What, why, and what to do.
+        text: String,
+    },
+}
+
+/// How things stand.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// The domain's name.
+    pub domain: String,
+    /// Its UUID.
+    pub uuid: Uuid,
+    /// The helper's own process id.
+    pub helper_pid: u32,
+    /// The QEMU process.
+    pub qemu: QemuProcess,
+    /// The guest's memory file or files.
+    pub memory: Vec<PathBuf>,
+    /// The guest's kernel.
+    pub guest: GuestStatus,
+    /// The trace, where one is on.
+    pub trace: Option<TraceStatus>,
+    /// The newest session that is closed.
+    pub last_session: Option<PathBuf>,
+}
+
+/// What is known of the guest's kernel.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "kebab-case")]
+pub enum GuestStatus {
+    /// None was found yet.
+    Searching {
+        /// Why not.
+        why: String,
+    },
+    /// It was found, and its heart beats.
+    Alive {
+        /// Its banner, control characters escaped.
+        banner: String,
+        /// Where its symbols come from.
+        symbols: PathBuf,
+        /// Run-time address minus link-time address.
+        slide: u64,
+        /// Levels of its page tables.
+        levels: u8,
+        /// Since the last heartbeat, milliseconds.
+        silent_ms: u64,
+    },
+}
+
+/// A trace that is on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TraceStatus {
+    /// The session.
+    pub session: PathBuf,
+    /// `keyed`.
+    pub mode: String,
+    /// What is traced.
+    pub functions: Vec<String>,
+    /// Since when, nanoseconds since 1970.
+    pub since_ns: u64,
+    /// How long a key lasts, nanoseconds.
+    pub interval_ns: u64,
+    /// The key in use.
+    pub epoch: u64,
+    /// Which boot of the guest this is, from 1 on.
+    pub boot: u32,
+    /// Bytes of ring buffer stored.
+    pub stored: u64,
+    /// What was counted.
+    pub counters: Counters,
+}
+
+/// One end of a conversation.
+#[derive(Debug)]
+pub struct Line {
+    stream: BufReader<UnixStream>,
+}
+
+impl Line {
+    /// Takes over a connected socket.
+    pub fn new(stream: UnixStream) -> Self {
+        Self {
+            stream: BufReader::new(stream),
+        }
+    }
+
+    /// Connects to the helper of a domain.
+    ///
+    /// # Errors
+    /// If nobody listens there, or it is not ours to ask.
+    pub fn connect(run_dir: &RunDir, uuid: Uuid) -> io::Result<Self> {
+        UnixStream::connect(run_dir.socket_path(uuid)).map(Self::new)
+    }
+
+    /// How long [`Line::receive`] waits; `None` for ever.
+    ///
+    /// # Errors
+    /// If the socket refuses.
+    pub fn patience(&self, time: Option<Duration>) -> io::Result<()> {
+        self.stream.get_ref().set_read_timeout(time)
+    }
+
+    /// Sends a value.
+    ///
+    /// # Errors
+    /// If the other end has gone.
+    pub fn send(&mut self, value: &impl Serialize) -> io::Result<()> {
+        let mut line = serde_json::to_vec(value)?;
+        line.push(b'\n');
+        self.stream.get_mut().write_all(&line)
+    }
+
+    /// Receives a value; `None` where the other end has closed.
+    ///
+    /// # Errors
+    /// If it is not one of ours.
+    pub fn receive<T: DeserializeOwned>(&mut self) -> io::Result<Option<T>> {
+        let mut line = Vec::new();
+        (&mut self.stream)
+            .take(LINE_LIMIT)
+            .read_until(b'\n', &mut line)?;
+        if line.is_empty() {
+            return Ok(None);
+        }
+        serde_json::from_slice(&line)
+            .map(Some)
+            .map_err(io::Error::from)
+    }
+}

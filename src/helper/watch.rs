@@ -1,0 +1,319 @@
+//! Which kernel runs in the guest now, and does it live?
+//!
+//! After a reboot inside the same QEMU, the old kernel's image may still lie
+//! in memory, whole; and a hostile guest can plant as many as it likes. What
+//! tells the one that runs is that its heart beats: the count in its control
+//! block grows. So a kernel is taken only once two looks at it differ.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use crate::kernel::control::{Control, ControlError, Heartbeat};
+use crate::kernel::{find_all, Kernel, Symbols};
+use crate::ram::{Gpa, GuestRam, RamError};
+use crate::session::ClockPair;
+
+/// How often memory is searched for a kernel.
+const SEARCH_EVERY: Duration = Duration::from_millis(250);
+/// A heart that stands still for longer may have stopped: search again.
+const SILENT: Duration = Duration::from_secs(2);
+/// A heart that beat within this time is alive: guest memory may be written.
+const FRESH: Duration = Duration::from_millis(400);
+/// The clocks' pairs are judged over this time.
+const PAIR_WINDOW_NS: u64 = 1_000_000_000;
+
+/// A kernel that lives.
+#[derive(Clone, Debug)]
+pub(super) struct Guest {
+    pub(super) kernel: Kernel,
+    pub(super) control: Control,
+    pub(super) symbols: Arc<Symbols>,
+    pub(super) symbols_path: PathBuf,
+}
+
+/// Whether guest memory is the found kernel's now; asked by everyone who
+/// writes there, from any thread.
+#[derive(Debug)]
+pub(super) struct Liveness {
+    started: Instant,
+    /// When the heart last beat, nanoseconds after `started`, plus 1; 0 while
+    /// there is no kernel.
+    beat: AtomicU64,
+}
+
+impl Liveness {
+    pub(super) fn new() -> Self {
+        Self {
+            started: Instant::now(),
+            beat: AtomicU64::new(0),
+        }
+    }
+
+    fn beaten(&self) {
+        self.beat.store(
+            self.started.elapsed().as_nanos() as u64 + 1,
+            Ordering::Release,
+        );
+    }
+
+    fn gone(&self) {
+        self.beat.store(0, Ordering::Release);
+    }
+
+    /// Whether the heart beat a moment ago, and the control block is still
+    /// the one of that boot.
+    pub(super) fn is_fresh(&self, ram: &dyn GuestRam, control: &Control) -> bool {
+        let beat = self.beat.load(Ordering::Acquire);
+        let now = self.started.elapsed().as_nanos() as u64 + 1;
+        beat != 0
+            && now.saturating_sub(beat) < FRESH.as_nanos() as u64
+            && control
+                .boot_id_now(ram)
+                .is_ok_and(|id| id == control.ident.boot_id)
+    }
+}
+
+/// What a look came to.
+#[derive(Debug)]
+pub(super) enum Seen {
+    /// Nothing new.
+    Same,
+    /// A kernel was found, where there was none or another one.
+    Booted,
+    /// The kernel has gone: the guest was reset.
+    Gone,
+}
+
+/// Keeps an eye on the guest's kernel.
+#[derive(Debug)]
+pub(super) struct Watch {
+    /// Where symbols may lie: files, or directories of them.
+    sources: Vec<PathBuf>,
+    loaded: HashMap<PathBuf, Result<Arc<Symbols>, String>>,
+    pub(super) guest: Option<Guest>,
+    pub(super) liveness: Arc<Liveness>,
+    /// Why there is no kernel.
+    pub(super) why: String,
+    last: Option<Heartbeat>,
+    beat_at: Instant,
+    searched: Option<Instant>,
+    /// Kernels seen, whose hearts did not beat yet: where, boot id, beats.
+    candidates: HashMap<(Gpa, u64), u64>,
+    clocks: Option<(ClockPair, ClockPair)>,
+}
+
+impl Watch {
+    pub(super) fn new(sources: Vec<PathBuf>) -> Self {
+        Self {
+            sources,
+            loaded: HashMap::new(),
+            guest: None,
+            liveness: Arc::new(Liveness::new()),
+            why: "not looked yet".to_owned(),
+            last: None,
+            beat_at: Instant::now(),
+            searched: None,
+            candidates: HashMap::new(),
+            clocks: None,
+        }
+    }
+
+    /// The heartbeat seen last.
+    pub(super) fn heartbeat(&self) -> Option<Heartbeat> {
+        self.last
+    }
+
+    /// Since the heart last beat.
+    pub(super) fn silent(&self) -> Duration {
+        self.beat_at.elapsed()
+    }
+
+    /// The first and the last good pair of clocks of this boot.
+    pub(super) fn clocks(&self) -> Option<(ClockPair, ClockPair)> {
+        self.clocks
+    }
+
+    /// Whether the guest's kernel is at a command: it does not beat then.
+    pub(super) fn busy(&self) -> bool {
+        self.last.is_some_and(|beat| beat.seen_seq != beat.ack_seq)
+    }
+
+    /// Looks at the guest.
+    pub(super) fn look(&mut self, ram: &dyn GuestRam) -> Result<Seen, RamError> {
+        let Some(guest) = &self.guest else {
+            return self.search(ram);
+        };
+        let control = guest.control;
+        if control.boot_id_now(ram)? != control.ident.boot_id {
+            self.guest = None;
+            self.liveness.gone();
+            self.why = "the guest was reset and has not come up again yet".to_owned();
+            return Ok(Seen::Gone);
+        }
+        let beat = control.heartbeat(ram)?;
+        if self.last.is_none_or(|last| last.beats != beat.beats) {
+            self.beat_at = Instant::now();
+            self.liveness.beaten();
+            self.pair(beat.clock);
+        }
+        self.last = Some(beat);
+        if self.silent() > SILENT {
+            return self.search(ram);
+        }
+        Ok(Seen::Same)
+    }
+
+    /// Notes a pair of clocks. Of those within a second, the one with the
+    /// least between the guest's stamp and our look is the best: the one in
+    /// which the host is the least ahead.
+    fn pair(&mut self, guest_ns: u64) {
+        let pair = ClockPair {
+            guest_ns,
+            host_ns: wall_ns(),
+        };
+        let ahead = |pair: &ClockPair| i128::from(pair.host_ns) - i128::from(pair.guest_ns);
+        match &mut self.clocks {
+            None => self.clocks = Some((pair, pair)),
+            Some((first, last)) => {
+                let in_first = guest_ns.saturating_sub(first.guest_ns) < PAIR_WINDOW_NS;
+                if in_first && ahead(&pair) < ahead(first) {
+                    *first = pair;
+                }
+                let in_last = guest_ns.saturating_sub(last.guest_ns) < PAIR_WINDOW_NS;
+                if !in_last || ahead(&pair) < ahead(last) {
+                    *last = pair;
+                }
+            }
+        }
+    }
+
+    /// Looks for a kernel that lives, now and then.
+    fn search(&mut self, ram: &dyn GuestRam) -> Result<Seen, RamError> {
+        if self.searched.is_some_and(|at| at.elapsed() < SEARCH_EVERY) {
+            return Ok(Seen::Same);
+        }
+        self.searched = Some(Instant::now());
+        let current = self.guest.as_ref().map(|guest| guest.control.ident.boot_id);
+        let mut why = format!(
+            "no symbols: there is no System.map below {}; put the guest kernel's there, \
+             or name it with 'xftrace enroll --symbols'",
+            self.sources
+                .iter()
+                .map(|p| p.display().to_string())
+                .collect::<Vec<_>>()
+                .join(", ")
+        );
+        let mut seen = HashMap::new();
+        for (path, symbols) in self.symbols() {
+            let symbols = match symbols {
+                Ok(symbols) => symbols,
+                Err(text) => {
+                    why = text;
+                    continue;
+                }
+            };
+            let kernels = match find_all(ram, &symbols) {
+                Ok(kernels) => kernels,
+                Err(error) => {
+                    why = error.to_string();
+                    continue;
+                }
+            };
+            for kernel in kernels {
+                let control = match Control::attach(ram, &kernel, &symbols) {
+                    Ok(control) => control,
+                    Err(ControlError::Ram(error)) => return Err(error),
+                    Err(error) => {
+                        why = error.to_string();
+                        continue;
+                    }
+                };
+                let boot_id = control.ident.boot_id;
+                if Some(boot_id) == current {
+                    continue;
+                }
+                let beats = control.heartbeat(ram)?.beats;
+                let place = (control.keys(), boot_id);
+                if self
+                    .candidates
+                    .get(&place)
+                    .is_some_and(|before| *before != beats)
+                {
+                    self.take(Guest {
+                        kernel,
+                        control,
+                        symbols,
+                        symbols_path: path,
+                    });
+                    return Ok(Seen::Booted);
+                }
+                why = "a kernel is there, and its heart has not beaten yet".to_owned();
+                seen.insert(place, beats);
+            }
+        }
+        self.candidates = seen;
+        if self.guest.is_none() {
+            self.why = why;
+        }
+        Ok(Seen::Same)
+    }
+
+    fn take(&mut self, guest: Guest) {
+        self.guest = Some(guest);
+        self.last = None;
+        self.beat_at = Instant::now();
+        self.clocks = None;
+        self.candidates.clear();
+        self.why.clear();
+    }
+
+    /// The symbols there are, each loaded once.
+    fn symbols(&mut self) -> Vec<(PathBuf, Result<Arc<Symbols>, String>)> {
+        let mut files = Vec::new();
+        for source in &self.sources {
+            if source.is_dir() {
+                let mut inside: Vec<_> = std::fs::read_dir(source)
+                    .into_iter()
+                    .flatten()
+                    .flatten()
+                    .map(|entry| entry.path())
+                    .filter(|path| path.is_file())
+                    .collect();
+                inside.sort();
+                files.append(&mut inside);
+            } else {
+                files.push(source.clone());
+            }
+        }
+        let mut all = Vec::new();
+        for path in files {
+            let loaded = self
+                .loaded
+                .entry(path.clone())
+                .or_insert_with(|| load(&path))
+                .clone();
+            if loaded.is_err() {
+                // It may be put right.
+                self.loaded.remove(&path);
+            }
+            all.push((path, loaded));
+        }
+        all
+    }
+}
+
+fn load(path: &Path) -> Result<Arc<Symbols>, String> {
+    Symbols::load(path)
+        .map(Arc::new)
+        .map_err(|error| error.to_string())
+}
+
+/// The host's wall clock, nanoseconds since 1970.
+pub(super) fn wall_ns() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |time| time.as_nanos() as u64)
+}
