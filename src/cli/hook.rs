@@ -46,6 +46,9 @@ fn handle(context: &Context, arguments: &[OsString]) -> Exit {
     if let Some(error) = problem {
         log::error!("hook: {error:#}; the defaults are used instead");
     }
+    if let Err(error) = RunDir::at(&config.paths.run).note_hook_call() {
+        log::warn!("hook: {:#}", anyhow::Error::new(error));
+    }
     let operation = arguments.get(1).map(|text| text.to_string_lossy());
     let operation = operation.map_or(Operation::Other, |text| Operation::of(&text));
     if !operation.matters() {

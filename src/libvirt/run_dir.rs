@@ -18,6 +18,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use nix::errno::Errno;
 use nix::fcntl::{fcntl, FcntlArg};
@@ -40,6 +41,9 @@ pub struct RunDirError {
 pub struct RunDir {
     path: PathBuf,
 }
+
+/// The file whose time says when the hook was called.
+const HOOK_CALLED: &str = "hook-called";
 
 /// The lock of a domain's helper, held until this is dropped or the process
 /// ends in whichever way.
@@ -104,6 +108,30 @@ impl RunDir {
             })
             .map_err(failed("write", &path))?;
         Ok(path)
+    }
+
+    /// Notes that libvirt has called the hook now.
+    ///
+    /// # Errors
+    /// Where the directory cannot be written.
+    pub fn note_hook_call(&self) -> Result<(), RunDirError> {
+        self.create()?;
+        let path = self.path.join(HOOK_CALLED);
+        OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path)
+            .and_then(|file| file.set_modified(SystemTime::now()))
+            .map_err(failed("touch", &path))
+    }
+
+    /// When libvirt last called the hook; None where it has not since the
+    /// host was booted.
+    pub fn hook_called(&self) -> Option<SystemTime> {
+        let file = fs::metadata(self.path.join(HOOK_CALLED)).ok()?;
+        file.modified().ok()
     }
 
     /// The XML that was saved of a domain; None where there is none that can
@@ -251,6 +279,19 @@ mod tests {
         run.forget(uuid).unwrap();
         run.forget(uuid).unwrap();
         assert_eq!(fs::read_dir(run.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn remembers_when_the_hook_was_called() {
+        let (_dir, run, _) = setting();
+        assert_eq!(run.hook_called(), None);
+        let before = SystemTime::now();
+        run.note_hook_call().unwrap();
+        let first = run.hook_called().unwrap();
+        assert!(first >= before);
+        run.note_hook_call().unwrap();
+        assert!(run.hook_called().unwrap() > first);
+        assert_eq!(run.domains(), []);
     }
 
     #[test]

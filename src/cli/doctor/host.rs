@@ -1,0 +1,220 @@
+//! What the host needs.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use nix::sys::statfs::{statfs, FsType, HUGETLBFS_MAGIC, TMPFS_MAGIC};
+
+use super::{daemon, Report};
+use crate::cli::Context;
+use crate::config::Config;
+use crate::libvirt::connection::{Connection, Mode};
+use crate::libvirt::run_dir::RunDir;
+
+/// The hook's name in libvirt's qemu.d.
+const HOOK: &str = "qemu.d/50-xftrace";
+
+/// Where libvirt puts memory files when nothing else is said
+/// (virQEMUDriverConfigNew, src/qemu/qemu_conf.c).
+const DEFAULT_BACKING_DIR: &str = "/var/lib/libvirt/qemu/ram";
+
+/// Checks the host; the connection where there is one.
+pub(super) fn check(context: &Context, config: &Config, report: &mut Report) -> Option<Connection> {
+    let connection = match Connection::open(context.global.connect.as_deref(), Mode::ReadOnly) {
+        Ok(connection) => {
+            report.ok(format!("libvirt answers at {}", connection.uri()));
+            Some(connection)
+        }
+        Err(error) => {
+            report.missing(format!("libvirt: {error}"), daemon("start"));
+            None
+        }
+    };
+    hook(config, report);
+    run_dir(config, report);
+    let sessions = &config.paths.sessions;
+    match sessions.is_dir() {
+        true => report.ok(format!("sessions go to {}", sessions.display())),
+        false => report.missing(
+            format!("the directory for sessions, {}", sessions.display()),
+            format!("mkdir -p {}", sessions.display()),
+        ),
+    }
+    backing_dir(config, report);
+    connection
+}
+
+/// The hook's file, and whether the daemon knows of it: it looks for hooks
+/// when it starts or reloads, and never calls one that it did not find then
+/// (virHookInitialize, src/util/virhook.c).
+fn hook(config: &Config, report: &mut Report) {
+    let path = config.paths.libvirt_hooks.join(HOOK);
+    let found = fs::metadata(&path).ok();
+    let Some(hook) = found.filter(|file| file.is_file() && file.permissions().mode() & 0o111 != 0)
+    else {
+        report.missing(
+            format!("libvirt's hook {}", path.display()),
+            format!(
+                "install -D -m 755 libvirt-hooks/50-xftrace {}\n{}",
+                path.display(),
+                daemon("reload")
+            ),
+        );
+        return;
+    };
+    report.ok(format!("hook {} is installed", path.display()));
+    let Some(started) = daemon_start() else {
+        // No daemon: the next one that starts will find it.
+        return;
+    };
+    let changed = UNIX_EPOCH + Duration::from_secs(u64::try_from(hook.ctime()).unwrap_or(0));
+    let called = RunDir::at(&config.paths.run).hook_called();
+    if changed <= started || called.is_some_and(|called| called >= started) {
+        report.ok("libvirt's daemon knows the hook");
+    } else {
+        report.missing(
+            "the hook in libvirt's daemon: the hook came after the daemon was started, and has \
+             not been called yet",
+            daemon("reload"),
+        );
+    }
+}
+
+/// When the libvirt daemon that manages QEMU on this host was started.
+fn daemon_start() -> Option<SystemTime> {
+    let namespace = fs::read_link("/proc/self/ns/mnt").ok()?;
+    let of = |dir: PathBuf| {
+        let name = fs::read_to_string(dir.join("comm")).ok()?;
+        let is_daemon = matches!(name.trim(), "libvirtd" | "virtqemud");
+        // A daemon in another mount namespace has other hooks.
+        if !is_daemon || fs::read_link(dir.join("ns/mnt")).ok()? != namespace {
+            return None;
+        }
+        // The directory of a process is as old as its first look-up; its
+        // start is in its statistics.
+        let stat = fs::read_to_string(dir.join("stat")).ok()?;
+        let (_, rest) = stat.rsplit_once(')')?;
+        let ticks: u64 = rest.split_ascii_whitespace().nth(19)?.parse().ok()?;
+        boot_time().map(|boot| boot + Duration::from_millis(ticks * 1000 / ticks_a_second()))
+    };
+    let processes = fs::read_dir("/proc").ok()?.flatten();
+    processes.filter_map(|entry| of(entry.path())).min()
+}
+
+/// When the host was booted: `btime` of /proc/stat, proc(5).
+fn boot_time() -> Option<SystemTime> {
+    let stat = fs::read_to_string("/proc/stat").ok()?;
+    let line = stat.lines().find_map(|line| line.strip_prefix("btime "))?;
+    Some(UNIX_EPOCH + Duration::from_secs(line.trim().parse().ok()?))
+}
+
+fn ticks_a_second() -> u64 {
+    let ticks = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK);
+    ticks
+        .ok()
+        .flatten()
+        .and_then(|ticks| u64::try_from(ticks).ok())
+        .unwrap_or(100)
+        .max(1)
+}
+
+fn run_dir(config: &Config, report: &mut Report) {
+    let path = &config.paths.run;
+    let shown = path.display();
+    match fs::metadata(path) {
+        Err(_) => report.ok(format!("run directory {shown} is made when it is needed")),
+        Ok(dir) if !dir.is_dir() => report.missing(
+            format!("the run directory: {shown} is no directory"),
+            format!("rm {shown}"),
+        ),
+        Ok(dir) if dir.permissions().mode() & 0o077 != 0 => report.missing(
+            format!("a run directory {shown} that is its owner's alone"),
+            format!("chmod 700 {shown}"),
+        ),
+        Ok(_) => report.ok(format!("run directory {shown}")),
+    }
+}
+
+/// Where libvirt puts memory files. On a disk it works too, with every page
+/// that the guest writes going to that disk in the end.
+fn backing_dir(config: &Config, report: &mut Report) {
+    let conf = &config.paths.qemu_conf;
+    let text = match fs::read_to_string(conf) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+        Err(error) => {
+            report.advice(
+                format!(
+                    "cannot read {} to see where memory files go: {error}",
+                    conf.display()
+                ),
+                "run this as root",
+            );
+            return;
+        }
+    };
+    let dir = setting(&text, "memory_backing_dir").unwrap_or_else(|| DEFAULT_BACKING_DIR.into());
+    match file_system(Path::new(&dir)) {
+        Some(kind) if kind == TMPFS_MAGIC || kind == HUGETLBFS_MAGIC => {
+            report.ok(format!("memory files go to memory, in {dir}"));
+        }
+        _ => report.advice(
+            format!("memory files go to a disk, in {dir}: what a guest writes is written there"),
+            format!(
+                "set memory_backing_dir = \"/dev/shm\" in {}\n{}",
+                conf.display(),
+                daemon("restart")
+            ),
+        ),
+    }
+}
+
+/// The type of the file system in which a path is or would be.
+fn file_system(path: &Path) -> Option<FsType> {
+    let mut there = path.ancestors().filter_map(|dir| statfs(dir).ok());
+    there.next().map(|found| found.filesystem_type())
+}
+
+/// A setting of a libvirt configuration file: `name = "value"`.
+fn setting(text: &str, name: &str) -> Option<String> {
+    text.lines()
+        .filter_map(|line| {
+            line.trim_start()
+                .strip_prefix(name)?
+                .trim_start()
+                .strip_prefix('=')
+        })
+        .filter_map(|value| {
+            let value = value.trim_start();
+            let quote = value.chars().next().filter(|c| matches!(c, '"' | '\''))?;
+            let inner = value.get(1..)?;
+            inner.split(quote).next().map(str::to_owned)
+        })
+        .next_back()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_settings_as_libvirt_does() {
+        let text = "# memory_backing_dir = \"/commented\"\nmemory_backing_dirs = \"/other\"\n\
+                    memory_backing_dir =\t\"/dev/shm\" # note\nuser = 'root'\n";
+        assert_eq!(
+            setting(text, "memory_backing_dir").as_deref(),
+            Some("/dev/shm")
+        );
+        assert_eq!(setting(text, "user").as_deref(), Some("root"));
+        assert_eq!(setting(text, "group"), None);
+        assert_eq!(setting("user = root", "user"), None);
+    }
+
+    #[test]
+    fn tells_memory_from_disk_also_for_what_is_not_there_yet() {
+        assert_eq!(file_system(Path::new("/dev/shm/a/b/c")), Some(TMPFS_MAGIC));
+        assert_ne!(file_system(Path::new("/proc/no/such")), Some(TMPFS_MAGIC));
+    }
+}

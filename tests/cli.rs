@@ -1,0 +1,296 @@
+//! The command line against libvirt's own test driver: no daemon, no guest.
+
+use std::path::Path;
+use std::process::{Command as Process, Stdio};
+
+use assert_cmd::Command;
+use predicates::prelude::*;
+use predicates::str::{contains, is_empty, starts_with};
+
+fn xftrace() -> Command {
+    let mut command = Command::cargo_bin("xftrace").expect("built");
+    for name in ["LIBVIRT_DEFAULT_URI", "XFTRACE_CONFIG"] {
+        command.env_remove(name);
+    }
+    command
+}
+
+/// A host of the test driver with a domain of each kind that matters, and a
+/// configuration whose paths lie in the directory.
+fn host(dir: &Path) -> (String, String) {
+    let domain = |name: &str, backing: &str| {
+        format!(
+            "<domain type='test'><name>{name}</name><memory>8192</memory>\
+             <memoryBacking>{backing}</memoryBacking><os><type>hvm</type></os></domain>"
+        )
+    };
+    let node = format!(
+        "<node>{}{}{}{}</node>",
+        domain("plain", "<locked/>"),
+        domain("huge", "<hugepages/>"),
+        domain("fd", "<source type='memfd'/><access mode='shared'/>"),
+        domain("web-1", "<source type='file'/><access mode='shared'/>"),
+    );
+    let node_path = dir.join("node.xml");
+    std::fs::write(&node_path, node).unwrap();
+    let config = dir.join("xftrace.toml");
+    let shown = dir.display();
+    std::fs::write(
+        &config,
+        format!(
+            "auto_enroll = [\"web-*\"]\n[paths]\nrun = \"{shown}/run\"\nsessions = \"{shown}\"\n\
+             symbols = \"{shown}/symbols\"\nlibvirt_hooks = \"{shown}/hooks\"\n\
+             qemu_conf = \"{shown}/qemu.conf\"\n"
+        ),
+    )
+    .unwrap();
+    (
+        format!("test://{}", node_path.display()),
+        config.display().to_string(),
+    )
+}
+
+#[test]
+fn every_command_has_help_with_examples() {
+    for command in [
+        "enroll", "unenroll", "on", "off", "status", "list", "report", "follow", "doctor",
+    ] {
+        for line in [&["help", command][..], &[command, "--help"]] {
+            xftrace()
+                .args(line)
+                .assert()
+                .code(0)
+                .stdout(contains("Examples:").and(contains(format!("xftrace {command}"))))
+                .stderr(is_empty());
+        }
+    }
+    xftrace()
+        .arg("--help")
+        .assert()
+        .code(0)
+        .stdout(contains("Exit status:").and(contains("hook").not()));
+    xftrace()
+        .arg("--version")
+        .assert()
+        .code(0)
+        .stdout(starts_with("xftrace "));
+}
+
+#[test]
+fn usage_errors_are_errors_in_our_words() {
+    for line in [
+        &["of"][..],
+        &["on", "--interval", "1"],
+        &["enroll"],
+        &["report"],
+        &["off", "-o", "x", "--no-copy"],
+        &["helper", "--uuid", "x"],
+    ] {
+        xftrace()
+            .args(line)
+            .assert()
+            .code(2)
+            .stdout(is_empty())
+            .stderr(starts_with("xftrace: error: "));
+    }
+    xftrace()
+        .assert()
+        .code(2)
+        .stdout(is_empty())
+        .stderr(contains("Usage: xftrace"));
+}
+
+#[test]
+fn an_error_is_one_text_with_its_causes() {
+    xftrace()
+        .args(["-c", "test:///default", "enroll", "web1"])
+        .assert()
+        .code(2)
+        .stdout(is_empty())
+        .stderr(
+            "xftrace: error: no domain 'web1'; `virsh -c test:///default list --all` shows those \
+             there are\n",
+        );
+    let dir = tempfile::tempdir().unwrap();
+    let (uri, _) = host(dir.path());
+    for (domain, says) in [("huge", "huge pages"), ("fd", "memfd")] {
+        xftrace()
+            .args(["-c", &uri, "enroll", domain])
+            .assert()
+            .code(2)
+            .stdout(is_empty())
+            .stderr(
+                starts_with(format!(
+                    "xftrace: error: cannot enroll domain '{domain}': its memory is"
+                ))
+                .and(contains(says)),
+            );
+    }
+}
+
+#[test]
+fn the_connection_is_the_option_else_the_environment() {
+    xftrace()
+        .env("LIBVIRT_DEFAULT_URI", "test:///default")
+        .arg("list")
+        .assert()
+        .code(0)
+        .stdout(contains("test"));
+    xftrace()
+        .env("LIBVIRT_DEFAULT_URI", "test:///default")
+        .args(["-c", "qemu+unix:///system?socket=/nonexistent/sock", "list"])
+        .assert()
+        .code(2)
+        .stderr(contains("does not answer").and(contains("libvirtd")));
+}
+
+#[test]
+fn a_configuration_that_is_named_must_be_there_and_right() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("x.toml");
+    let list = |path: &Path| {
+        let mut command = xftrace();
+        command
+            .args(["-c", "test:///default", "list", "--config"])
+            .arg(path);
+        command.assert()
+    };
+    list(&path).code(2).stderr(contains("x.toml"));
+    std::fs::write(&path, "\ninterval = \"1ms\"\n").unwrap();
+    list(&path)
+        .code(2)
+        .stderr(contains("x.toml:2: ").and(contains("10ms")));
+    std::fs::write(&path, "interval = \"20ms\"\n").unwrap();
+    list(&path).code(0);
+}
+
+#[test]
+fn enrolling_says_what_is_to_be_done_next() {
+    let dir = tempfile::tempdir().unwrap();
+    let (uri, config) = host(dir.path());
+    xftrace()
+        .args(["-c", &uri, "--config", &config, "enroll", "plain"])
+        .args(["-f", "sys_openat,sys_read", "-i", "500ms", "--at-start"])
+        .assert()
+        .code(0)
+        .stdout(
+            contains("Domain 'plain' is enrolled: functions sys_openat, sys_read")
+                .and(contains("every 500ms"))
+                .and(contains("virsh shutdown plain"))
+                .and(contains("Undo: xftrace unenroll plain")),
+        )
+        .stderr(is_empty());
+    // Its memory is a shared file already.
+    xftrace()
+        .args(["-c", &uri, "--config", &config, "enroll", "web-1"])
+        .assert()
+        .code(0)
+        .stdout(contains("virsh shutdown").not());
+    xftrace()
+        .args(["-c", &uri, "enroll", "plain", "--symbols", "no/such/map"])
+        .assert()
+        .code(0)
+        .stderr(contains("warning").and(contains("/no/such/map")));
+    xftrace()
+        .args(["-c", &uri, "unenroll", "plain"])
+        .assert()
+        .code(0)
+        .stdout(contains("not enrolled"));
+}
+
+#[test]
+fn lists_the_domains() {
+    let dir = tempfile::tempdir().unwrap();
+    let (uri, config) = host(dir.path());
+    xftrace()
+        .args(["-c", &uri, "--config", &config, "list"])
+        .assert()
+        .code(0)
+        .stdout(
+            "\
+DOMAIN   STATE     ENROLLED   MEMORY          HELPER
+fd       running   no         not traceable   -
+huge     running   no         not traceable   -
+plain    running   no         not traceable   -
+web-1    running   by name    shared file     -
+",
+        );
+    xftrace()
+        .args(["-c", &uri, "--config", &config, "list", "--name"])
+        .assert()
+        .code(0)
+        .stdout("web-1\n");
+}
+
+#[test]
+fn the_doctor_names_what_is_missing_and_its_command() {
+    let dir = tempfile::tempdir().unwrap();
+    let (uri, config) = host(dir.path());
+    let doctor = |domain: &str| {
+        let mut command = xftrace();
+        command.args(["-c", &uri, "--config", &config, "doctor", domain]);
+        command.assert()
+    };
+    doctor("plain").code(2).stdout(
+        contains("ok       libvirt answers at test:///")
+            .and(contains("missing  libvirt's hook"))
+            .and(contains("-> xftrace enroll plain"))
+            .and(contains("things are missing.")),
+    );
+    doctor("none")
+        .code(2)
+        .stdout(contains("missing  the domain: no domain 'none'"));
+
+    // The host alone, with everything in its place.
+    let hooks = dir.path().join("hooks/qemu.d");
+    std::fs::create_dir_all(&hooks).unwrap();
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("libvirt-hooks/50-xftrace");
+    std::fs::copy(source, hooks.join("50-xftrace")).unwrap();
+    // A daemon that is older than the hook has to be told of it, unless it
+    // has called the hook already.
+    let run = dir.path().join("run");
+    std::fs::create_dir(&run).unwrap();
+    std::fs::write(run.join("hook-called"), "").unwrap();
+    let mode = |mode| std::os::unix::fs::PermissionsExt::from_mode(mode);
+    std::fs::set_permissions(&run, mode(0o755)).unwrap();
+    let host = || {
+        let mut command = xftrace();
+        command.args(["-c", &uri, "--config", &config, "doctor"]);
+        command.assert()
+    };
+    host()
+        .code(2)
+        .stdout(contains(format!("-> chmod 700 {}", run.display())));
+    std::fs::set_permissions(&run, mode(0o700)).unwrap();
+    host()
+        .code(0)
+        .stdout(contains("Nothing is missing.").and(contains("missing  ").not()));
+}
+
+#[test]
+fn a_reader_that_goes_away_ends_it_quietly() {
+    let (reader, writer) = nix::unistd::pipe().unwrap();
+    drop(reader);
+    let output = Process::new(assert_cmd::cargo::cargo_bin!("xftrace"))
+        .args(["-c", "test:///default", "list"])
+        .stdout(Stdio::from(writer))
+        .stderr(Stdio::piped())
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+
+    let full = std::fs::OpenOptions::new()
+        .write(true)
+        .open("/dev/full")
+        .unwrap();
+    let output = Process::new(assert_cmd::cargo::cargo_bin!("xftrace"))
+        .args(["-c", "test:///default", "list"])
+        .stdout(Stdio::from(full))
+        .stderr(Stdio::piped())
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("standard output"), "{said}");
+}
