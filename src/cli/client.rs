@@ -8,11 +8,10 @@ use anyhow::{anyhow, bail, Context as _};
 use crate::config::Config;
 use crate::helper::protocol::{Line, Reply, Request};
 use crate::libvirt::connection::{Connection, Mode};
-use crate::libvirt::launch::Launch;
 use crate::libvirt::run_dir::RunDir;
 use crate::libvirt::xml::DomainXml;
 
-use super::{out, Context};
+use super::{hook, out, Context};
 
 /// For a helper that was just started to listen.
 const START_LIMIT: Duration = Duration::from_secs(5);
@@ -93,13 +92,8 @@ fn connect(context: &Context, config: &Config, domain: &DomainXml) -> anyhow::Re
 fn start_helper(context: &Context, config: &Config, domain: &DomainXml) -> anyhow::Result<()> {
     let connection = Connection::open(context.global.connect.as_deref(), Mode::ReadOnly)?;
     let xml = connection.domain(&domain.uuid.to_string())?.live_xml()?;
-    let saved = RunDir::at(&config.paths.run).save(domain.uuid, xml.as_bytes())?;
-    Launch {
-        uuid: domain.uuid,
-        xml: &saved,
-        config: context.global.named_config(),
-    }
-    .start()?;
+    let run_dir = RunDir::at(&config.paths.run);
+    hook::start(context, &run_dir, xml.as_bytes(), domain)?;
     Ok(())
 }
 

@@ -34,7 +34,7 @@ pub(super) fn run(context: &Context, args: &DoctorArgs) -> anyhow::Result<Exit> 
     };
     let connection = host::check(context, &config, &mut report);
     if let (Some(typed), Some(connection)) = (&args.domain, &connection) {
-        domain::check(context, &config, connection, typed, &mut report)?;
+        domain::check(&config, connection, typed, &mut report)?;
     }
     report.print()
 }

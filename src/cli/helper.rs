@@ -5,11 +5,13 @@ use anyhow::Context as _;
 use super::{logging, Context, Exit};
 use crate::cli::args::HelperArgs;
 use crate::helper::{self, Options};
+use crate::libvirt::launch::own_session;
 use crate::libvirt::run_dir::RunDir;
 use crate::libvirt::xml::DomainXml;
 
 /// Runs the command.
 pub(super) fn run(context: &Context, args: &HelperArgs) -> anyhow::Result<Exit> {
+    own_session();
     let config = context.config()?;
     logging::init(&config.log);
     // Nobody may read this process's standard error: the log has to tell.

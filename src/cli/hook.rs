@@ -7,7 +7,6 @@
 use std::ffi::OsString;
 use std::io::Read;
 use std::panic::catch_unwind;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use super::{logging, out, Context, Exit};
@@ -125,14 +124,10 @@ pub(super) fn start(
     if run_dir.has_helper(domain.uuid) {
         return Ok("its helper runs already".to_owned());
     }
-    let config: Option<PathBuf> = match context.global.named_config() {
-        Some(path) => Some(std::path::absolute(path)?),
-        None => None,
-    };
     let started = Launch {
         uuid: domain.uuid,
         xml: &xml,
-        config: config.as_deref(),
+        config: context.global.named_config(),
     }
     .start()?;
     Ok(match started {

@@ -5,18 +5,20 @@
 //! systemd, the helper is no child at all: systemd starts it. Without, the
 //! hook starts it, like this:
 //!
-//! - `setsid()` in the hook itself, before it starts the helper. So the helper
-//!   is in a session without a terminal from its first instruction on, and as
-//!   it is not the session's leader, it can never get one: what people fork
-//!   twice for. Between fork and exec nothing of ours runs, so that no
-//!   `unsafe` is needed (`pre_exec` would be), nor a `setsid` program.
+//! - The helper calls [`own_session`] first of all, so that no signal of a
+//!   terminal or of the daemon's process group reaches it. It can, since it is
+//!   started without leading a process group. Between fork and exec nothing of
+//!   ours runs: `pre_exec` would need `unsafe`, the `setsid` program would be
+//!   one more thing to find. It opens no terminal, so that it needs no second
+//!   fork to never get one.
 //! - Standard input, output and error are /dev/null. Every descriptor that
 //!   Rust opens is close-on-exec, and libvirt closes all others before it runs
 //!   a hook (virCommandMassClose, src/util/vircommand.c); the hook's script
 //!   closes 3 to 9 once more.
 //! - The working directory is `/`, the environment is empty but for PATH.
 //!
-//! The hook does not wait for it: when the hook ends, init inherits it.
+//! Nobody waits for it: when the hook ends, init inherits it. `xftrace on`
+//! starts one in the same way where the hook did not.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -53,6 +55,14 @@ pub struct Launch<'a> {
     pub xml: &'a Path,
     /// The configuration file, where it is not the default one.
     pub config: Option<&'a Path>,
+}
+
+/// Puts this process into a session of its own, where it can be: not where it
+/// leads a process group already, as a service of systemd or a command that
+/// someone typed does. Then it has what it needs, or is meant to end with the
+/// terminal.
+pub fn own_session() {
+    let _ = nix::unistd::setsid();
 }
 
 /// Where systemd keeps units, in its own order (systemd.unit(5)).
@@ -121,13 +131,13 @@ impl Launch<'_> {
             program: PathBuf::from("xftrace"),
             source,
         })?;
-        // Fails where this process leads a group, as when someone runs the
-        // hook in a shell: then the helper stays in that session, which does
-        // no harm to a domain.
-        let _ = nix::unistd::setsid();
         let mut command = Command::new(&program);
         if let Some(config) = self.config {
-            command.arg("--config").arg(config);
+            // The helper's working directory is another one.
+            let absolute = std::path::absolute(config);
+            command
+                .arg("--config")
+                .arg(absolute.as_deref().unwrap_or(config));
         }
         command
             .arg("helper")

@@ -1,20 +1,24 @@
 //! What a domain needs.
 
+use std::time::Duration;
+
 use nix::sys::statfs::{fstatfs, TMPFS_MAGIC};
 
-use super::{daemon, Report};
-use crate::cli::Context;
+use super::Report;
+use crate::cli::client;
 use crate::config::Config;
+use crate::helper::protocol::{GuestStatus, Reply, Request, Status};
 use crate::libvirt::connection::{Connection, ConnectionError, Domain};
 use crate::libvirt::enrolment::{untraceable, By, Enrolment};
 use crate::libvirt::memory::find_backing;
-use crate::libvirt::run_dir::RunDir;
 use crate::libvirt::shell_word;
 use crate::libvirt::xml::DomainXml;
 
+/// How long a helper may take to say how things stand.
+const PATIENCE: Duration = Duration::from_secs(5);
+
 /// Checks a domain.
 pub(super) fn check(
-    _context: &Context,
     config: &Config,
     connection: &Connection,
     typed: &str,
@@ -125,19 +129,50 @@ fn running(
             }
         }
     }
-    let run_dir = RunDir::at(&config.paths.run);
-    match run_dir.has_helper(domain.uuid()) {
-        true => report.ok("its helper runs"),
-        false => report.missing(
-            "its helper",
-            format!(
-                "{}    (the hook then starts it; the log says why it ended)",
-                daemon("restart")
-            ),
+    match status(config, &live)? {
+        Some(status) => kernel(&status, report),
+        None => {
+            report.missing(
+                "its helper",
+                format!(
+                    "xftrace on -d {name} sys_read    (starts one; the log, and `xftrace status`, \
+                     say why it does not stay)"
+                ),
+            );
+            symbols(config, &live, report);
+        }
+    }
+    Ok(())
+}
+
+/// What the domain's helper says; None where none runs.
+fn status(config: &Config, live: &DomainXml) -> anyhow::Result<Option<Status>> {
+    let Some(mut line) = client::connect_running(config, live)? else {
+        return Ok(None);
+    };
+    line.patience(Some(PATIENCE))?;
+    line.send(&Request::Status)?;
+    match line.receive()? {
+        Some(Reply::Status(status)) => Ok(Some(*status)),
+        _ => Ok(None),
+    }
+}
+
+/// What the helper says of the guest's kernel.
+fn kernel(status: &Status, report: &mut Report) {
+    report.ok(format!("its helper runs (process {})", status.helper_pid));
+    match &status.guest {
+        GuestStatus::Alive {
+            banner, symbols, ..
+        } => {
+            report.ok(format!("symbols {}", symbols.display()));
+            report.ok(format!("its kernel has xftrace's patch: {banner}"));
+        }
+        GuestStatus::Searching { why } => report.missing(
+            format!("the guest's kernel: {why}"),
+            "a guest kernel with xftrace's patch (guest-kernel-patches/), and its System.map",
         ),
     }
-    symbols(config, &live, report);
-    Ok(())
 }
 
 /// Whether there is a System.map at all. Which one belongs to the guest's
