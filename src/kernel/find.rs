@@ -17,12 +17,12 @@ use std::fmt;
 use crate::ram::{Gpa, GuestRam, RamError};
 
 use super::escape::escape;
-use super::identify::{self, FunctionTable};
+use super::identify::{self, FunctionTable, Image};
 use super::scan::{self, BANNER};
 use super::{Gva, Kernel, PageTables, Symbols};
 
 /// What the image is aligned to, in physical and in virtual memory.
-const STEP: u64 = 2 << 20;
+pub(super) const STEP: u64 = 2 << 20;
 
 /// __START_KERNEL_map, arch/x86/include/asm/page_64_types.h.
 const START_KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
@@ -90,8 +90,8 @@ pub enum FindError {
     },
     /// A Linux is there, but not the one that System.map belongs to.
     #[error(
-        "the guest runs another kernel than the one that the System.map belongs to; \
-         the guest has: {}", .banners.join(" | ")
+        "the guest runs another kernel than the one that the System.map belongs to (or is just \
+         starting: then try again); the guest has: {}", .banners.join(" | ")
     )]
     OtherKernel {
         /// The banners found in memory, escaped; the first is the likeliest.
@@ -100,19 +100,18 @@ pub enum FindError {
     },
     /// The banner is in the right place by chance: the functions are not.
     #[error(
-        "the System.map belongs to another build of the guest's kernel ({differing} functions \
-         have other addresses); take the one made together with: {banner}"
+        "the System.map belongs to another build of the guest's kernel, whose functions have \
+         other addresses; take the one that was made together with: {banner}"
     )]
     OtherBuild {
         /// The guest's banner, escaped.
         banner: String,
-        /// How many of System.map's functions the guest does not have.
-        differing: usize,
     },
-    /// The banner is there, but not a whole running kernel.
+    /// The image is there, but not as that of a running kernel.
     #[error(
-        "at {gpa} is a kernel image, but {check}; it is still starting (then try again), or \
-         the System.map belongs to another build of: {banner}"
+        "the guest's kernel is in memory at {gpa}, but {check}; it is still starting (then try \
+         again){}; the guest has: {banner}",
+        if *.same_build { "" } else { ", or the System.map belongs to another build of it" }
     )]
     Unfinished {
         /// Where the image would begin.
@@ -121,6 +120,8 @@ pub enum FindError {
         banner: String,
         /// The first check that failed.
         check: Check,
+        /// Whether its list of functions shows that System.map is right.
+        same_build: bool,
     },
     /// The symbol file lacks what the finder needs.
     #[error(
@@ -148,7 +149,7 @@ pub fn find_all(ram: &dyn GuestRam, symbols: &Symbols) -> Result<Vec<Kernel>, Fi
         return Ok(found.kernels);
     }
     if let Some(rejected) = found.rejected {
-        return Err(rejected.into());
+        return Err(rejected.explain(ram, symbols));
     }
     let scan = scan::banners(ram)?;
     // What was zeros because the file vanished is no verdict about the guest.
@@ -183,24 +184,27 @@ struct Found {
 
 /// A place with the right banner that is not the kernel looked for.
 struct Rejected {
-    gpa: Gpa,
+    image: Image,
     banner: String,
     check: Check,
-    /// For [`Check::FunctionTable`].
-    differing: usize,
 }
 
-impl From<Rejected> for FindError {
-    fn from(rejected: Rejected) -> Self {
-        let Rejected {
-            gpa,
+impl Rejected {
+    /// What to tell: a kernel that is still starting, or another build.
+    fn explain(self, ram: &dyn GuestRam, symbols: &Symbols) -> FindError {
+        let Self {
+            image,
             banner,
             check,
-            differing,
-        } = rejected;
-        match check {
-            Check::FunctionTable => Self::OtherBuild { banner, differing },
-            check => Self::Unfinished { gpa, banner, check },
+        } = self;
+        match identify::compare_functions(ram, symbols, image) {
+            FunctionTable::Other => FindError::OtherBuild { banner },
+            table => FindError::Unfinished {
+                gpa: image.base,
+                banner,
+                check,
+                same_build: table == FunctionTable::Same,
+            },
         }
     }
 }
@@ -273,11 +277,15 @@ fn examine(
     let at = |offset: u64| Gpa(base.0.saturating_add(offset));
     let banner = scan::read_banner(ram, at(anchors.banner), MAX_BANNER)?;
     let banner = escape(&banner.text);
+    let image = Image {
+        base,
+        link_text: anchors.text,
+        span: anchors.span,
+    };
     let rejected = |check| Rejected {
-        gpa: base,
+        image,
         banner: banner.clone(),
         check,
-        differing: 0,
     };
     if let Some(offset) = anchors.proc_banner {
         if !identify::is_proc_banner(ram, at(offset)) {
@@ -322,13 +330,10 @@ fn examine(
         link_text: anchors.text,
         span: anchors.span,
     };
-    Some(match identify::compare_functions(ram, symbols, &kernel) {
+    Some(match identify::compare_functions(ram, symbols, image) {
         FunctionTable::Same => Ok((kernel, true)),
         FunctionTable::Unknown => Ok((kernel, false)),
-        FunctionTable::Other { differing } => Err(Rejected {
-            differing,
-            ..rejected(Check::FunctionTable)
-        }),
+        FunctionTable::Other => Err(rejected(Check::FunctionTable)),
     })
 }
 

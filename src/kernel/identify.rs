@@ -11,7 +11,8 @@
 
 use crate::ram::{Gpa, GuestRam};
 
-use super::{Gva, Kernel, Symbols};
+use super::find::STEP;
+use super::{Gva, Symbols};
 
 /// More symbols than any kernel has; an allyesconfig kernel has about a
 /// million.
@@ -28,14 +29,30 @@ const MAX_TASK: usize = 32 << 10;
 pub(super) enum FunctionTable {
     /// The same build.
     Same,
-    /// Another build: so many of System.map's functions are elsewhere.
-    Other {
-        /// How many.
-        differing: usize,
-    },
-    /// Nothing to compare: a kernel without CONFIG_KALLSYMS, or symbols from
-    /// /proc/kallsyms, which does not list its own tables.
+    /// Another build.
+    Other,
+    /// System.map does not say where the list is: a kernel without
+    /// CONFIG_KALLSYMS, or a saved /proc/kallsyms, which leaves it out.
     Unknown,
+}
+
+/// A piece of memory that is taken for a kernel's image.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Image {
+    /// Where it begins.
+    pub(super) base: Gpa,
+    /// Link-time address of its beginning, `_text`.
+    pub(super) link_text: Gva,
+    /// Its length in bytes.
+    pub(super) span: u64,
+}
+
+impl Image {
+    /// Where a link-time address of the image lies.
+    fn gpa(self, link: Gva) -> Option<Gpa> {
+        let offset = link.wrapping_sub(self.link_text);
+        (offset < self.span).then(|| self.base.checked_add(offset))?
+    }
 }
 
 /// Whether `linux_proc_banner` (init/version.c) is at `gpa`.
@@ -56,7 +73,8 @@ pub(super) fn is_init_task(ram: &dyn GuestRam, gpa: Gpa) -> bool {
 }
 
 /// Compares the addresses of functions in the kernel's kallsyms tables with
-/// those of System.map.
+/// those of System.map. Since the tables are constant, this works from the
+/// moment that the image is in memory, long before the kernel runs.
 ///
 /// Corresponds to `kallsyms_sym_address()`, kernel/kallsyms.c: with
 /// CONFIG_KALLSYMS_ABSOLUTE_PERCPU (x86 up to 6.14) an offset below 0 stands
@@ -68,29 +86,33 @@ pub(super) fn is_init_task(ram: &dyn GuestRam, gpa: Gpa) -> bool {
 pub(super) fn compare_functions(
     ram: &dyn GuestRam,
     symbols: &Symbols,
-    kernel: &Kernel,
+    image: Image,
 ) -> FunctionTable {
-    let Some(offsets) = read_offsets(ram, symbols, kernel) else {
+    let tables = [
+        "kallsyms_num_syms",
+        "kallsyms_offsets",
+        "kallsyms_relative_base",
+    ];
+    if tables.iter().any(|name| symbols.address(name).is_none()) {
         return FunctionTable::Unknown;
+    }
+    // Where the tables should be and cannot be read, nothing is the same.
+    let tables = read_offsets(ram, symbols, image).zip(relative_base(ram, symbols, image));
+    let Some((offsets, base)) = tables else {
+        return FunctionTable::Other;
     };
-    let base = symbols
-        .address("kallsyms_relative_base")
-        .filter(|&link| kernel.in_image(link))
-        .and_then(|link| ram.read_u64(kernel.image_gpa(link)).ok());
-    let Some(base) = base else {
-        return FunctionTable::Unknown;
-    };
+    // Some versions list the compiler's padding symbols in one of the two.
     let ours: Vec<Gva> = symbols.function_starts().collect();
+    let all: Vec<Gva> = symbols.text_addresses().collect();
     let text = symbols.text();
     let compare = |address_of: &dyn Fn(i32) -> u64| {
-        let addresses = offsets
-            .iter()
-            .map(|&offset| kernel.link(Gva(address_of(offset))));
+        let addresses = offsets.iter().map(|&offset| Gva(address_of(offset)));
         let mut theirs: Vec<Gva> = addresses.filter(|link| text.contains(link)).collect();
         theirs.sort_unstable();
         theirs.dedup();
         let shared = shared(&ours, &theirs);
-        (shared, ours.len() - shared, theirs.len() - shared)
+        let known = self::shared(&all, &theirs);
+        (shared, ours.len() - shared, theirs.len() - known)
     };
     let percpu = |offset: i32| match offset {
         0.. => u64::from(offset.unsigned_abs()),
@@ -105,35 +127,42 @@ pub(super) fn compare_functions(
     if alike && (ours_only == 0 || theirs_only == 0) {
         FunctionTable::Same
     } else {
-        FunctionTable::Other {
-            differing: ours_only.max(theirs_only),
-        }
+        FunctionTable::Other
     }
 }
 
-/// How many addresses are in both lists, which are sorted, each once.
+/// How many of `ours` are in `theirs` too; both are sorted.
 fn shared(ours: &[Gva], theirs: &[Gva]) -> usize {
     let mut theirs = theirs.iter().peekable();
     let found = |address: &&Gva| {
         while theirs.next_if(|other| other < address).is_some() {}
-        theirs.next_if_eq(address).is_some()
+        theirs.peek() == Some(address)
     };
     ours.iter().filter(found).count()
 }
 
+/// The link-time value of `kallsyms_relative_base`, which is the lowest
+/// address that kallsyms lists: `_text` or close to it. What KASLR has added
+/// to it, if it has already, is a multiple of [`STEP`].
+fn relative_base(ram: &dyn GuestRam, symbols: &Symbols, image: Image) -> Option<u64> {
+    let at = image.gpa(symbols.address("kallsyms_relative_base")?)?;
+    let slid = ram.read_u64(at).ok()?;
+    let text = image.link_text.0;
+    Some(text.wrapping_add(slid.wrapping_sub(text) % STEP))
+}
+
 /// Copies `kallsyms_offsets`, if the kernel has it where System.map says.
-fn read_offsets(ram: &dyn GuestRam, symbols: &Symbols, kernel: &Kernel) -> Option<Vec<i32>> {
-    let inside = |name| symbols.address(name).filter(|&link| kernel.in_image(link));
+fn read_offsets(ram: &dyn GuestRam, symbols: &Symbols, image: Image) -> Option<Vec<i32>> {
     let count = ram
-        .read_u32(kernel.image_gpa(inside("kallsyms_num_syms")?))
+        .read_u32(image.gpa(symbols.address("kallsyms_num_syms")?)?)
         .ok()?;
-    let table = inside("kallsyms_offsets")?;
+    let table = symbols.address("kallsyms_offsets")?;
+    let start = image.gpa(table)?;
     // The whole table is in the image, whatever the count claims.
     let last = table.wrapping_add(u64::from(count) * 4);
-    if count == 0 || count > MAX_SYMBOLS || !kernel.in_image(last) {
+    if count == 0 || count > MAX_SYMBOLS || image.gpa(last).is_none() {
         return None;
     }
-    let start = kernel.image_gpa(table);
     let mut offsets = Vec::with_capacity(count as usize);
     let mut bytes = vec![0; CHUNK * 4];
     while offsets.len() < count as usize {

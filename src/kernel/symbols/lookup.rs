@@ -93,6 +93,16 @@ impl Symbols {
             .filter(|address| self.main_text.contains(address))
     }
 
+    /// The addresses of all symbols of code from `_stext` to `_etext`, those
+    /// that name no function too, in order, each once.
+    pub(in crate::kernel) fn text_addresses(&self) -> impl Iterator<Item = Gva> + '_ {
+        let text = self.image.iter().filter(|symbol| symbol.is_text());
+        let mut last = None;
+        text.map(|symbol| Gva(symbol.address))
+            .filter(|address| self.main_text.contains(address))
+            .filter(move |&address| last.replace(address) != Some(address))
+    }
+
     /// All symbols that name functions, in the order of their addresses.
     pub(super) fn function_names(&self) -> impl Iterator<Item = (&Symbol, &str)> {
         self.image
