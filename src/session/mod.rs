@@ -29,7 +29,7 @@ pub use meta::{
     SwitchChange, META_FILE,
 };
 pub use place::{domain_dir, list, new_dir};
-pub use read::{GuestCode, Items, Session};
+pub use read::{is_module_address, GuestCode, Items, Session};
 pub use store::{ChunkReader, ChunkWriter};
 pub use write::SessionWriter;
 

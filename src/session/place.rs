@@ -3,6 +3,7 @@
 use std::fs::{self, DirBuilder};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, UNIX_EPOCH};
 
 use super::{SessionError, META_FILE};
 
@@ -66,8 +67,9 @@ pub fn list(domain_dir: &Path) -> Vec<PathBuf> {
 
 /// Seconds since 1970 as `20261123T093000Z`.
 fn stamp(seconds: u64) -> String {
-    let time = jiff::Timestamp::from_second(seconds as i64).unwrap_or_default();
-    time.strftime("%Y%m%dT%H%M%SZ").to_string()
+    let time = UNIX_EPOCH + Duration::from_secs(seconds);
+    let text = humantime::format_rfc3339_seconds(time).to_string();
+    text.chars().filter(|c| !matches!(c, '-' | ':')).collect()
 }
 
 #[cfg(test)]

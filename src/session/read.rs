@@ -16,6 +16,12 @@ use super::{Boot, Meta, SessionError, KLOG_FILE, SYMBOLS_FILE};
 /// of a kernel with RANDOMIZE_BASE, whose image has 1 GiB.
 const MODULES: std::ops::Range<u64> = 0xffff_ffff_c000_0000..0xffff_ffff_ff00_0000;
 
+/// Whether a run-time address lies where modules are loaded, and what the
+/// kernel makes code in as it runs (BPF programs, trampolines).
+pub fn is_module_address(at: Gva) -> bool {
+    MODULES.contains(&at.0)
+}
+
 /// Where code is in one boot of a guest.
 #[derive(Clone, Copy, Debug)]
 pub struct GuestCode<'a> {
@@ -29,7 +35,7 @@ impl CodeMap for GuestCode<'_> {
     fn is_function(&self, at: Gva) -> bool {
         self.symbols
             .is_function_start(Gva(at.0.wrapping_sub(self.slide)))
-            || MODULES.contains(&at.0)
+            || is_module_address(at)
     }
 }
 
