@@ -190,10 +190,11 @@ pub enum ForgedWhy {
 
 impl ForgedWhy {
     /// All of them, in the order in which they are listed.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::UnknownEpoch,
         Self::NotDecodable,
         Self::StaleEpoch,
+        Self::Replayed,
         Self::Unkeyed,
         Self::BadShape,
     ];
