@@ -132,12 +132,19 @@ impl From<&str> for Comm {
 pub struct TraceFlags(pub u8);
 
 impl TraceFlags {
+    /// TRACE_FLAG_IRQS_OFF.
+    pub const IRQS_OFF: u8 = 0x01;
     /// TRACE_FLAG_HARDIRQ.
     pub const HARDIRQ: u8 = 0x08;
     /// TRACE_FLAG_SOFTIRQ.
     pub const SOFTIRQ: u8 = 0x10;
     /// TRACE_FLAG_NMI.
     pub const NMI: u8 = 0x40;
+
+    /// Written with interrupts off, as the code is that serves one.
+    pub fn irqs_off(self) -> bool {
+        self.0 & Self::IRQS_OFF != 0
+    }
 
     /// Written while a hardware interrupt was being served.
     pub fn hardirq(self) -> bool {
@@ -297,7 +304,7 @@ mod tests {
     #[test]
     fn flags_are_those_of_the_kernel() {
         let irq = TraceFlags(0x08 | 0x01);
-        assert!(irq.hardirq() && !irq.softirq() && !irq.nmi());
+        assert!(irq.irqs_off() && irq.hardirq() && !irq.softirq() && !irq.nmi());
         assert!(TraceFlags(0x10).softirq() && TraceFlags(0x40).nmi());
     }
 
