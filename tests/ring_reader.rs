@@ -1,0 +1,346 @@
+//! The passive reader against a writer that follows the steps of
+//! kernel/trace/ring_buffer.c, one store at a time, while the reader reads:
+//! whatever the interleaving, each record comes out once and in order, or is
+//! told as lost.
+
+mod support;
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
+
+use proptest::prelude::*;
+use support::guest::{Guest, Plan, DIRECT_MAP};
+use xftrace::kernel::control::{RecordTypes, RingLayout};
+use xftrace::kernel::{Gva, Kernel};
+use xftrace::keys::{Entry, KeyHistory};
+use xftrace::ram::{Gpa, Layout, VecRam};
+use xftrace::ring::record::What;
+use xftrace::ring::{Chunk, CodeMap, Decoder, RingReader};
+
+const KEY: u64 = 0x0123_4567_89ab_cdef;
+const FUNC: u64 = 0xffff_ffff_8100_0100;
+const TYPES: RecordTypes = RecordTypes {
+    root: 20,
+    call: 21,
+    ret: 22,
+    plain_call: 11,
+    plain_ret: 10,
+};
+/// Bytes of records on a page.
+const ROOM: u32 = 4080;
+/// Where the structures and pages lie: above the image, below the end of RAM.
+const BUFFERS: u64 = 0x180_0000;
+const PER_CPU: u64 = 0x180_1000;
+const HOLDERS: u64 = 0x180_2000;
+const PAGES: u64 = 0x181_0000;
+
+fn layout() -> RingLayout {
+    RingLayout {
+        buffer: Gva(DIRECT_MAP + BUFFERS),
+        page_size: 4096,
+        buffers: 64,
+        nr_pages: 40,
+        pages: 56,
+        reader_page: 88,
+        commit_page: 80,
+        entries: 128,
+        overrun: 136,
+        commit_overrun: 144,
+        dropped: 152,
+        list: 0,
+        page: 48,
+        time_stamp: 0,
+        commit: 8,
+        data: 16,
+    }
+}
+
+/// The guest's side: what its kernel would store, store by store.
+struct Writer {
+    nr_pages: u64,
+    tail: u64,
+    at: u32,
+    /// The commit page lags behind the tail until the next commit.
+    committed: u64,
+    time: u64,
+    last_time: u64,
+    seq: u32,
+    stores: VecDeque<(Gpa, Vec<u8>)>,
+}
+
+impl Writer {
+    fn page(index: u64) -> Gpa {
+        Gpa(PAGES + 4096 * index)
+    }
+
+    fn holder(index: u64) -> u64 {
+        HOLDERS + 64 * index
+    }
+
+    /// The structures of an empty buffer of one CPU: page 0 is the tail, and
+    /// page `nr_pages` is the reader's.
+    fn new(nr_pages: u64) -> Self {
+        let mut writer = Self {
+            nr_pages,
+            tail: 0,
+            at: 0,
+            committed: 0,
+            time: 1_000_000,
+            last_time: 0,
+            seq: 0,
+            stores: VecDeque::new(),
+        };
+        let gva = |at: u64| DIRECT_MAP + at;
+        writer.word(BUFFERS + 64, gva(BUFFERS + 0x100));
+        writer.word(BUFFERS + 0x100, gva(PER_CPU));
+        writer.word(PER_CPU + 40, nr_pages);
+        writer.word(PER_CPU + 56, gva(Self::holder(0)));
+        writer.word(PER_CPU + 88, gva(Self::holder(nr_pages)));
+        writer.word(PER_CPU + 80, gva(Self::holder(0)));
+        for index in 0..=nr_pages {
+            // A flag in the low bits, as RB_PAGE_HEAD is.
+            let next = gva(Self::holder((index + 1) % nr_pages)) | u64::from(index == 1);
+            writer.word(Self::holder(index), next);
+            writer.word(Self::holder(index) + 48, gva(Self::page(index).0));
+            writer.word(Self::page(index).0, 0);
+            writer.word(Self::page(index).0 + 8, 0);
+        }
+        writer
+    }
+
+    fn word(&mut self, at: u64, value: u64) {
+        self.stores
+            .push_back((Gpa(at), value.to_le_bytes().to_vec()));
+    }
+
+    fn bytes(&mut self, at: u64, bytes: Vec<u8>) {
+        self.stores.push_back((Gpa(at), bytes));
+    }
+
+    /// One call of the tracer: reserve, fill, commit.
+    fn record(&mut self, advance: u64) {
+        self.time += advance;
+        let mut payload = Vec::new();
+        payload.extend(21u16.to_le_bytes());
+        payload.extend([0, 0]);
+        payload.extend(77i32.to_le_bytes());
+        payload.extend((FUNC ^ KEY).to_le_bytes());
+        payload.extend((0xffff_ffff_8100_0242 ^ KEY).to_le_bytes());
+        payload.extend(1u32.to_le_bytes());
+        payload.extend(self.seq.to_le_bytes());
+        payload.extend(1i32.to_le_bytes());
+        payload.extend(77i32.to_le_bytes());
+        let length = 4 + payload.len() as u32;
+        if self.at + length > ROOM {
+            // rb_reset_tail(): the rest is a discarded event.
+            let at = Self::page(self.tail).0 + 16 + u64::from(self.at);
+            let left = ROOM - self.at;
+            if left > 8 {
+                self.bytes(at, (29u32 | 1 << 5).to_le_bytes().to_vec());
+                self.bytes(at + 4, (left - 4).to_le_bytes().to_vec());
+                self.at = ROOM;
+            } else if left > 0 {
+                self.bytes(at, 29u32.to_le_bytes().to_vec());
+            }
+            // rb_tail_page_update()
+            let full = (self.tail, self.at);
+            self.tail = (self.tail + 1) % self.nr_pages;
+            self.at = 0;
+            self.word(Self::page(self.tail).0 + 8, 0);
+            self.fill(payload, length);
+            // rb_set_commit_to_write(): the full page first, then the pointer.
+            self.word(Self::page(full.0).0 + 8, full.1.into());
+            self.committed = self.tail;
+            self.word(PER_CPU + 80, DIRECT_MAP + Self::holder(self.tail));
+        } else {
+            self.fill(payload, length);
+        }
+        self.word(Self::page(self.tail).0 + 8, self.at.into());
+        self.seq += 1;
+    }
+
+    fn fill(&mut self, payload: Vec<u8>, length: u32) {
+        let page = Self::page(self.tail).0;
+        let at = page + 16 + u64::from(self.at);
+        let delta = if self.at == 0 {
+            0
+        } else {
+            self.time - self.last_time
+        };
+        self.bytes(
+            at,
+            ((payload.len() as u32 / 4) | (delta as u32) << 5)
+                .to_le_bytes()
+                .to_vec(),
+        );
+        if self.at == 0 {
+            self.word(page, self.time);
+        }
+        for (words, part) in payload.chunks(8).enumerate() {
+            self.bytes(at + 4 + 8 * words as u64, part.to_vec());
+        }
+        self.last_time = self.time;
+        self.at += length;
+    }
+
+    fn step(&mut self, ram: &VecRam) {
+        if let Some((at, bytes)) = self.stores.pop_front() {
+            ram.poke(at, &bytes);
+        }
+    }
+}
+
+struct Code;
+
+impl CodeMap for Code {
+    fn is_function(&self, at: Gva) -> bool {
+        at.0 == FUNC
+    }
+}
+
+/// What came out: the numbers of the records, the records told as lost, and
+/// what should not be there.
+#[derive(Debug, Default)]
+struct Out {
+    seqs: Vec<u64>,
+    lost: u64,
+    wrong: Vec<What>,
+}
+
+fn decode(chunks: &[Chunk]) -> Out {
+    let mut keys = KeyHistory::default();
+    keys.push(Entry {
+        epoch: 1,
+        key: KEY,
+        wall_ns: 0,
+        mono_ns: 0,
+    });
+    let mut decoder = Decoder::new(TYPES, 1);
+    let mut out = Out::default();
+    for chunk in chunks {
+        decoder.chunk(chunk, &keys, &Code, &mut |item| match item.what {
+            What::Call(call) => out.seqs.push(call.seq),
+            What::Lost(lost) => out.lost += lost.records.expect("a number"),
+            what => out.wrong.push(what),
+        });
+    }
+    out
+}
+
+fn kernel() -> Kernel {
+    Guest::new().kernel()
+}
+
+/// A guest whose memory changes by some stores before each read.
+fn guest(writer: Arc<Mutex<Writer>>, pace: Vec<u8>) -> Guest {
+    let turn = Mutex::new(0usize);
+    let ram = VecRam::new(Layout::flat(Plan::default().ram).expect("a layout"));
+    let ram = ram.with_hook(move |ram, _, _| {
+        let mut turn = turn.lock().expect("a turn");
+        *turn += 1;
+        let steps = pace.get(*turn % pace.len().max(1)).copied().unwrap_or(0);
+        let mut writer = writer.lock().expect("the writer");
+        (0..steps).for_each(|_| writer.step(ram));
+    });
+    Guest::load(Plan::default(), ram)
+}
+
+#[test]
+fn what_was_written_is_read_once_and_in_order() {
+    let writer = Arc::new(Mutex::new(Writer::new(8)));
+    let guest = guest(Arc::clone(&writer), Vec::new());
+    let mut reader = RingReader::new(kernel(), layout(), 1, 0);
+    let mut chunks = Vec::new();
+    for round in 0..60 {
+        let mut writer = writer.lock().expect("the writer");
+        (0..round * 7 % 300).for_each(|i| writer.record(if i % 40 < 20 { 0 } else { 700 }));
+        while !writer.stores.is_empty() {
+            writer.step(&guest.ram);
+        }
+        drop(writer);
+        reader
+            .drain(&guest.ram, &mut |chunk| chunks.push(chunk))
+            .expect("a round");
+    }
+    let out = decode(&chunks);
+    let written = u64::from(writer.lock().expect("the writer").seq);
+    assert!(
+        written > 5000,
+        "the ring of some 700 records went round often"
+    );
+    assert_eq!((out.seqs, out.lost), ((0..written).collect::<Vec<_>>(), 0));
+    assert!(out.wrong.is_empty());
+}
+
+#[test]
+fn a_ring_of_the_same_time_all_round_is_still_read_in_order() {
+    // The guest's clock stands still for the whole test.
+    let writer = Arc::new(Mutex::new(Writer::new(4)));
+    let guest = guest(Arc::clone(&writer), Vec::new());
+    let mut reader = RingReader::new(kernel(), layout(), 1, 0);
+    let mut chunks = Vec::new();
+    for _ in 0..50 {
+        let mut writer = writer.lock().expect("the writer");
+        (0..150).for_each(|_| writer.record(0));
+        while !writer.stores.is_empty() {
+            writer.step(&guest.ram);
+        }
+        drop(writer);
+        reader
+            .drain(&guest.ram, &mut |chunk| chunks.push(chunk))
+            .expect("a round");
+    }
+    let out = decode(&chunks);
+    assert!(out.wrong.is_empty(), "{:?}", out.wrong.first());
+    assert_eq!(out.seqs, (0..7500).collect::<Vec<_>>());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// The writer goes on while the reader reads, at any pace, and laps it as
+    /// often as it likes. (Its clock moves here: a ring that is lapped within
+    /// one reading of a clock gives no two pages that can be told apart.)
+    #[test]
+    fn nothing_comes_out_wrong_whatever_the_interleaving(
+        nr_pages in 2u64..7,
+        pace in prop::collection::vec(0u8..20, 1..30),
+        bursts in prop::collection::vec((0u32..400, prop::sample::select(vec![1u64, 3, 900])), 1..12),
+    ) {
+        let writer = Arc::new(Mutex::new(Writer::new(nr_pages)));
+        let guest = guest(Arc::clone(&writer), pace);
+        {
+            let mut writer = writer.lock().expect("the writer");
+            while !writer.stores.is_empty() {
+                writer.step(&guest.ram);
+            }
+        }
+        let mut reader = RingReader::new(kernel(), layout(), 1, 0);
+        let mut chunks = Vec::new();
+        for (records, advance) in bursts {
+            {
+                let mut writer = writer.lock().expect("the writer");
+                (0..records).for_each(|_| writer.record(advance));
+            }
+            for _ in 0..3 {
+                reader.drain(&guest.ram, &mut |chunk| chunks.push(chunk)).expect("a round");
+            }
+        }
+        // The writer comes to rest; the reader reads what is left.
+        {
+            let mut writer = writer.lock().expect("the writer");
+            while !writer.stores.is_empty() {
+                writer.step(&guest.ram);
+            }
+        }
+        for _ in 0..2 {
+            reader.drain(&guest.ram, &mut |chunk| chunks.push(chunk)).expect("a round");
+        }
+        let out = decode(&chunks);
+        let written = u64::from(writer.lock().expect("the writer").seq);
+        prop_assert!(out.wrong.is_empty(), "{:?}", out.wrong.first());
+        prop_assert!(out.seqs.windows(2).all(|pair| pair[0] < pair[1]), "out of order or twice");
+        prop_assert_eq!(out.seqs.len() as u64 + out.lost, written);
+        prop_assert_eq!(out.seqs.last().copied(), written.checked_sub(1));
+    }
+}
