@@ -9,7 +9,7 @@ use super::escape::escape;
 pub(super) const BANNER: &[u8; 14] = b"Linux version ";
 
 /// How much memory in use is looked through.
-const MAX_SCAN: u64 = 16 << 30;
+const MAX_SCAN: u64 = 8 << 30;
 
 /// How much is copied at a time.
 const CHUNK: usize = 64 << 10;
@@ -48,7 +48,12 @@ pub(super) struct Banner {
 /// Copies the banner at `gpa`: text that begins as one and ends with NUL
 /// within `max` bytes.
 pub(super) fn read_banner(ram: &dyn GuestRam, gpa: Gpa, max: usize) -> Option<Banner> {
-    let room = usize::try_from(ram.layout().place(gpa)?.contiguous).unwrap_or(max);
+    // Not into a page that the guest never touched, nor past the end of RAM.
+    let room = if ram.populated(gpa, max as u64) {
+        max
+    } else {
+        (PAGE_SIZE - gpa.0 % PAGE_SIZE) as usize
+    };
     let mut text = vec![0; max.min(room)];
     ram.read(gpa, &mut text).ok()?;
     let end = text.iter().position(|&byte| byte == 0)?;
