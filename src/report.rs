@@ -1,8 +1,37 @@
-//! From a session on disk to a report.
+//! From a session on disk to its `trace_graph.txt`.
 
+use std::io::{self, BufWriter};
 use std::path::Path;
 
-/// Writes `trace_graph.txt` into the session's directory.
-pub fn write_graph(_dir: &Path) -> anyhow::Result<()> {
-    Ok(())
+use crate::callflow::Tally;
+use crate::output::{self, Format, TimeColumn};
+use crate::session::{Session, SessionError, GRAPH_FILE};
+
+/// Why there is no call flow.
+#[derive(Debug, thiserror::Error)]
+pub enum ReportError {
+    /// The session could not be opened.
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    /// Its records could not be read, or the report not written.
+    #[error(transparent)]
+    Report(#[from] output::ReportError<SessionError>),
+    /// The file could not be put in its place.
+    #[error("cannot write the call flow: {0}")]
+    Write(#[from] io::Error),
+}
+
+/// Writes a session's `trace_graph.txt` into its directory, whole or not at
+/// all.
+///
+/// # Errors
+/// See [`ReportError`].
+pub fn write_graph(dir: &Path) -> Result<Tally, ReportError> {
+    let session = Session::open(dir)?;
+    let mut file = tempfile::NamedTempFile::new_in(dir)?;
+    let out = BufWriter::with_capacity(1 << 18, &mut file);
+    let tally = Format::Text(TimeColumn::Wall).session(&session, out)?;
+    file.persist(dir.join(GRAPH_FILE))
+        .map_err(|error| error.error)?;
+    Ok(tally)
 }
