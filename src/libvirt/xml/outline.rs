@@ -188,8 +188,8 @@ impl<'a> Outline<'a> {
         };
         let start = BytesStart::from_content(tag, element.name.len());
         let mut all = Vec::new();
-        // quick-xml's check for attributes of the same name compares each with
-        // each, which a long enough tag would turn into hours.
+        // That no two have the same name, libvirt's own parser has seen to; to
+        // look again would only be work that a long tag can make longer.
         for attribute in start.attributes().with_checks(false) {
             let attribute = attribute.map_err(|error| bad(error.to_string()))?;
             let value = attribute

@@ -249,6 +249,13 @@ fn hostile_text_is_an_error() {
         let _ = unenroll(&xml);
     }
     assert!(DomainXml::parse_bytes(b"<domain>\xff\xfe</domain>").is_err());
+
+    let nested = |depth: usize| {
+        let inner = "<a>".repeat(depth) + &"</a>".repeat(depth);
+        DomainXml::parse(&PLAIN.replace("<devices>", &format!("<devices>{inner}")))
+    };
+    assert!(nested(200).is_ok());
+    assert!(nested(300).unwrap_err().to_string().contains("deeper"));
 }
 
 /// Texts at the size limit that would take hours in anything worse than
