@@ -1,0 +1,30 @@
+# What people and CI run. Each target installs what it needs on Debian 12 (as
+# root) and is quick about it where nothing is missing.
+
+CARGO := tests/lab/cargo
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do \
+		printf '  make %-8s %s\n' "$$target" "$$text"; done
+
+build: ## build xftrace: target/release/xftrace
+	tests/lab/bootstrap
+	$(CARGO) build --release --locked
+
+demo: ## trace a guest from nothing: build, boot, enrol, trace, show (root)
+	tests/lab/demo
+
+# The guest's kernel comes first, for its progress to be seen; the end-to-end
+# tests run with the binary that users run.
+test: ## run all tests, the end-to-end ones with real guests too (root)
+	tests/lab/bootstrap --test
+	$(CARGO) test --locked --workspace
+	tests/lab/initramfs "$$(tests/lab/kernel)"
+	$(CARGO) test --locked --release --test e2e
+
+clean: ## remove what was built here (the lab's cache stays, in ~/.cache/xftrace-lab)
+	$(CARGO) clean
+	rm -rf demo-results

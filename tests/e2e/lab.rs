@@ -1,0 +1,97 @@
+//! The lab as the tests see it.
+
+use std::ops::Deref;
+use std::path::Path;
+use std::sync::{LazyLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::Duration;
+
+use xftrace_lab::{Domain, Guest, Lab, Options};
+
+/// How long an xftrace command may take before it counts as hung.
+const XFTRACE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Started by the first test that asks. A static is never dropped: the lab ends
+/// with this process, its owner.
+static LAB: LazyLock<Lab> = LazyLock::new(|| {
+    Lab::start(&Options {
+        xftrace: Some(env!("CARGO_BIN_EXE_xftrace").into()),
+        owner: Some(std::process::id()),
+        ..Options::default()
+    })
+    .unwrap_or_else(|error| panic!("the lab did not start: {error:#}"))
+});
+
+/// Who may use the lab: many tests at once, or one that measures.
+static TURN: RwLock<()> = RwLock::new(());
+
+/// A domain of one test's own. It is gone when the value is dropped; where
+/// that is because the test failed, the guest's console is printed.
+pub(crate) struct TestGuest {
+    guest: Guest<'static>,
+    _turn: Turn,
+}
+
+/// Held, never read: its drop lets other tests go on.
+enum Turn {
+    Shared {
+        _guard: RwLockReadGuard<'static, ()>,
+    },
+    Alone {
+        _guard: RwLockWriteGuard<'static, ()>,
+    },
+}
+
+impl TestGuest {
+    /// Defines a domain. Others may run at the same time.
+    pub(crate) fn define(domain: &Domain) -> TestGuest {
+        let guard = TURN.read().unwrap_or_else(PoisonError::into_inner);
+        TestGuest::define_in(domain, Turn::Shared { _guard: guard })
+    }
+
+    /// Defines a domain for a test that measures times or loads the machine:
+    /// no other test runs beside it.
+    pub(crate) fn define_alone(domain: &Domain) -> TestGuest {
+        let guard = TURN.write().unwrap_or_else(PoisonError::into_inner);
+        TestGuest::define_in(domain, Turn::Alone { _guard: guard })
+    }
+
+    fn define_in(domain: &Domain, turn: Turn) -> TestGuest {
+        let guest = LAB
+            .define(domain)
+            .unwrap_or_else(|error| panic!("cannot define '{}': {error:#}", domain.name));
+        TestGuest { guest, _turn: turn }
+    }
+
+    /// The lab it runs in.
+    pub(crate) fn lab(&self) -> &'static Lab {
+        &LAB
+    }
+
+    /// The xftrace command inside the lab, in a directory, within a minute.
+    pub(crate) fn xftrace(&self, dir: &Path) -> assert_cmd::Command {
+        let command = LAB.xftrace(dir).expect("the lab has an xftrace");
+        let mut command = assert_cmd::Command::from_std(command);
+        command.timeout(XFTRACE_TIMEOUT);
+        command
+    }
+}
+
+impl Deref for TestGuest {
+    type Target = Guest<'static>;
+
+    fn deref(&self) -> &Guest<'static> {
+        &self.guest
+    }
+}
+
+impl Drop for TestGuest {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let console = self.guest.console().unwrap_or_default();
+            eprintln!("--- console of '{}':\n{console}---", self.guest.name());
+        }
+        if let Err(error) = LAB.undefine(self.guest.name()) {
+            eprintln!("cannot undefine '{}': {error:#}", self.guest.name());
+        }
+    }
+}

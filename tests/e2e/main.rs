@@ -1,0 +1,9 @@
+//! End-to-end tests: real guests under a real libvirtd.
+//!
+//! One lab, built and booted by tests/lab, serves all tests of a run; each test
+//! has a domain of its own. Nothing here is skipped: where the lab cannot be
+//! had, the tests fail. They need root; `make test` runs them.
+
+mod boot;
+mod lab;
+mod trace;

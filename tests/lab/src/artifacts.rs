@@ -1,0 +1,63 @@
+//! The guest's kernel and initramfs: what tests/lab/kernel and
+//! tests/lab/initramfs build and keep.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{bail, Context, Result};
+
+/// Files of the guest that the lab boots. They lie in the lab's cache, and
+/// other runs share them.
+#[derive(Debug, Clone)]
+pub struct Artifacts {
+    /// The directory tests/lab/kernel made, with build/ for modules.
+    pub kernel_dir: PathBuf,
+    /// The kernel to boot.
+    pub bzimage: PathBuf,
+    /// Its symbols.
+    pub system_map: PathBuf,
+    /// The kernel as ELF, with .symtab and .BTF, without DWARF.
+    pub vmlinux: PathBuf,
+    /// The initramfs.
+    pub initramfs: PathBuf,
+}
+
+impl Artifacts {
+    /// Finds them in the cache, or builds them: minutes for the kernel, with
+    /// progress on standard error.
+    ///
+    /// # Errors
+    /// Where a build fails.
+    pub fn build() -> Result<Artifacts> {
+        let kernel_dir = run_script("kernel", &[])?;
+        let initramfs = run_script("initramfs", &[&kernel_dir])?;
+        Ok(Artifacts {
+            bzimage: kernel_dir.join("bzImage"),
+            system_map: kernel_dir.join("System.map"),
+            vmlinux: kernel_dir.join("vmlinux"),
+            kernel_dir,
+            initramfs,
+        })
+    }
+}
+
+/// Where the lab's scripts are.
+pub(crate) fn script(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
+}
+
+/// Runs a script whose answer is a path, the only line of its output.
+fn run_script(name: &str, arguments: &[&Path]) -> Result<PathBuf> {
+    let path = script(name);
+    let output = Command::new(&path)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()
+        .with_context(|| format!("cannot run {}", path.display()))?;
+    if !output.status.success() {
+        bail!("{} failed ({}); see above", path.display(), output.status);
+    }
+    let answer = String::from_utf8_lossy(&output.stdout);
+    Ok(PathBuf::from(answer.trim_end()))
+}
