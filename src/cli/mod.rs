@@ -50,7 +50,7 @@ pub enum Exit {
     /// Something is wrong, and the command itself has said what: 2.
     Trouble,
     /// The hook refuses the start of a domain that requires tracing:
-    /// [`hook::REFUSED`].
+    /// `hook::REFUSED`.
     Refused,
 }
 

@@ -25,5 +25,5 @@ mod reader;
 pub mod record;
 
 pub use decode::{CodeMap, Decoder};
-pub use event::{events, Clock, Event, Events};
+pub use event::{events, Clock, Event, Events, Malformed};
 pub use reader::{Chunk, Drained, Gap, RingError, RingReader};

@@ -40,7 +40,7 @@ pub struct Domain {
     /// More for the kernel's command line.
     #[arg(long, default_value = "")]
     pub append: String,
-    /// XML for the domain's <metadata>.
+    /// XML for the domain's `<metadata>`.
     #[arg(long, default_value = "")]
     pub metadata: String,
 }
