@@ -4,7 +4,7 @@
 CARGO := tests/lab/cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test clean
+.PHONY: help build deb demo test clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do \
@@ -13,6 +13,10 @@ help: ## list the targets
 build: ## build xftrace: target/release/xftrace
 	tests/lab/bootstrap
 	$(CARGO) build --release --locked
+
+deb: ## build the Debian package: target/debian/xftrace_*.deb
+	tests/lab/bootstrap
+	packaging/build-deb
 
 demo: ## trace a guest from nothing: build, boot, enrol, trace, show (root)
 	tests/lab/demo
