@@ -226,3 +226,64 @@ fn function_name(func: &Place<'_>) -> String {
 fn frame(name: &str) -> String {
     name.replace(';', ":")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::callflow::{events, Kind, Limits, Name, Names};
+    use crate::kernel::Gva;
+    use crate::ring::record::{Call, Item, TraceFlags, What};
+
+    struct Nameless;
+
+    impl Names for Nameless {
+        fn function(&self, _: u32, _: Gva) -> Name<'_> {
+            Name {
+                symbol: None,
+                module: None,
+                kind: Kind::Kernel,
+                irq_entry: false,
+            }
+        }
+    }
+
+    #[test]
+    fn stacks_beyond_the_limit_are_taken_together() {
+        let items = (0..1_000).map(|number| {
+            let call = Call {
+                task: Task {
+                    pid: 1,
+                    comm: Some("sh".into()),
+                },
+                flags: TraceFlags(0),
+                func: Gva(number),
+                caller: Gva(0),
+                depth: number as u16 % 2,
+                epoch: 1,
+                seq: number,
+            };
+            Ok::<_, io::Error>(Item {
+                cpu: 0,
+                boot: 1,
+                time: number,
+                what: What::Call(call),
+            })
+        });
+        let mut out = Vec::new();
+        let mut folded = Folded::new(&mut out, Weight::Calls, false);
+        folded.limit = 5;
+        for event in events(items, &Nameless, Limits::default()) {
+            folded
+                .event(&event.expect("an event"))
+                .expect("memory takes all");
+        }
+        assert_eq!(
+            (folded.nodes.len(), folded.names.len(), folded.tasks.len()),
+            (6, 6, 0)
+        );
+        folded.finish(&Tally::default()).expect("memory takes all");
+        let text = String::from_utf8(out).expect("ASCII");
+        let shown = "[more stacks] 996\nsh;0x0 1\nsh;0x0;0x1 1\nsh;0x2 1\nsh;0x2;0x3 1\n";
+        assert_eq!(text, shown);
+    }
+}

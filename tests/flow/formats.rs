@@ -3,12 +3,12 @@
 use std::collections::BTreeSet;
 
 use xftrace::callflow::{CutWhy, Edges, Flow, Happening, Limits, UncalledWhy};
-use xftrace::output::{Format, TimeColumn, Weight};
+use xftrace::output::{Format, Sink, Text, TimeColumn, Weight};
 use xftrace::ring::record::LostWhy;
 
 use crate::dsl::{address, Story, Table};
 use crate::props::run;
-use crate::write;
+use crate::{write, Clock};
 
 #[test]
 fn roots_are_counted_by_function_and_pid_over_boots() {
@@ -197,7 +197,24 @@ fn untraceable_calls_are_counted_from_where_the_trace_found_them() {
     assert_eq!(write(Format::Json, &story.items).1.overruns, 5);
 }
 
-/// The kernel's way to get from one CPU's number to a column's width.
+#[test]
+fn a_live_trace_has_titles_but_no_head() {
+    let mut story = Story::new();
+    story.on(3, 10, "a").leaf("getname");
+    let mut out = Vec::new();
+    let mut text = Text::live(&mut out, Clock, 100, TimeColumn::Wall).expect("memory takes all");
+    for event in run(&story.items, Limits::default()).0 {
+        text.event(&event).expect("memory takes all");
+    }
+    let shown = String::from_utf8(out).expect("ASCII");
+    let lines: Vec<&str> = shown.lines().collect();
+    assert!(lines[0].starts_with("#      TIME"), "{shown}");
+    assert!(
+        lines[3].contains(" |    3) ") && lines[3].contains("|  getname();"),
+        "{shown}"
+    );
+}
+
 #[test]
 fn the_cpu_column_is_as_wide_as_the_last_cpu_needs() {
     let mut story = Story::new();

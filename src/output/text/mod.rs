@@ -64,19 +64,25 @@ impl<W: Write, C: WallClock> Text<W, C> {
         time: TimeColumn,
     ) -> io::Result<Self> {
         head::write(&mut out, heading, tally, time)?;
-        let last_cpu = tally.cpus.last().copied().unwrap_or(0);
-        let cpu_width = last_cpu.checked_ilog10().unwrap_or(0) as usize + 1;
-        let boots = heading
+        writeln!(out, "#")?;
+        let mut text = Self::live(out, clock, tally.cpus.last().copied().unwrap_or(0), time)?;
+        text.boots = heading
             .boots
             .iter()
             .map(|boot| (boot.boot, escaped(&boot.banner, head::BANNER_WIDTH)))
             .collect();
+        Ok(text)
+    }
+
+    /// Writes the titles of the columns and no head: for a trace that is still
+    /// going on. `last_cpu` is the highest CPU number to be expected.
+    pub fn live(out: W, clock: C, last_cpu: u16, time: TimeColumn) -> io::Result<Self> {
         let mut text = Self {
             out,
             clock,
             time,
-            cpu_width,
-            boots,
+            cpu_width: last_cpu.checked_ilog10().unwrap_or(0) as usize + 1,
+            boots: Vec::new(),
             calendar: Calendar::default(),
             date: String::new(),
             line: Vec::with_capacity(512),
@@ -89,7 +95,6 @@ impl<W: Write, C: WallClock> Text<W, C> {
     fn column_titles(&mut self) -> io::Result<()> {
         let cpu = " ".repeat(self.cpu_width.saturating_sub(1));
         let out = &mut self.out;
-        writeln!(out, "#")?;
         writeln!(
             out,
             "#      TIME       {cpu}CPU       TASK-PID          DURATION                  FUNCTION CALLS"
