@@ -4,6 +4,9 @@ use std::path::Path;
 
 use anyhow::{bail, Result};
 
+/// tests/lab/qemu, as tests/lab/libvirtd installs it.
+const EMULATOR: &str = "/var/cache/libvirt/lab-qemu";
+
 /// How a domain's memory is backed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Backing {
@@ -102,7 +105,7 @@ impl Domain {
   <on_reboot>restart</on_reboot>
   <on_crash>destroy</on_crash>
   <devices>
-    <emulator>/usr/bin/qemu-system-x86_64</emulator>
+    <emulator>{EMULATOR}</emulator>
     <controller type='usb' model='none'/>
     <serial type='file'><source path='{console}'/><target port='0'/></serial>
     <serial type='unix'><source mode='bind' path='{agent}'/><target port='1'/></serial>
