@@ -343,4 +343,43 @@ proptest! {
         prop_assert_eq!(out.seqs.len() as u64 + out.lost, written);
         prop_assert_eq!(out.seqs.last().copied(), written.checked_sub(1));
     }
+
+    /// The writer's clock stands still, and the writer goes on while the reader
+    /// looks, from page to page but not all the way round: the pages that it
+    /// takes meanwhile bear the same time as all others.
+    #[test]
+    fn pages_taken_during_the_look_are_not_read_out_of_their_order(
+        pace in prop::collection::vec(0u8..24, 1..30),
+        bursts in prop::collection::vec(100u32..900, 2..10),
+    ) {
+        let writer = Arc::new(Mutex::new(Writer::new(64)));
+        let guest = guest(Arc::clone(&writer), pace);
+        let settle = |writer: &Mutex<Writer>| {
+            let mut writer = writer.lock().expect("the writer");
+            while !writer.stores.is_empty() {
+                writer.step(&guest.ram);
+            }
+        };
+        settle(&writer);
+        let mut reader = RingReader::new(kernel(), layout(), 1, 0);
+        let mut chunks = Vec::new();
+        // Once all the way round, so that no page is empty.
+        for _ in 0..8 {
+            (0..1000).for_each(|_| writer.lock().expect("the writer").record(0));
+            settle(&writer);
+            reader.drain(&guest.ram, &mut |chunk| chunks.push(chunk)).expect("a round");
+        }
+        for records in bursts {
+            (0..records).for_each(|_| writer.lock().expect("the writer").record(0));
+            reader.drain(&guest.ram, &mut |chunk| chunks.push(chunk)).expect("a round");
+        }
+        settle(&writer);
+        for _ in 0..2 {
+            reader.drain(&guest.ram, &mut |chunk| chunks.push(chunk)).expect("a round");
+        }
+        let out = decode(&chunks);
+        let written = u64::from(writer.lock().expect("the writer").seq);
+        prop_assert!(out.wrong.is_empty(), "{:?}", out.wrong.first());
+        prop_assert_eq!(out.seqs.len() as u64 + out.lost, written);
+    }
 }

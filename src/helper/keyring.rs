@@ -64,7 +64,12 @@ impl KeyThread {
             stop: AtomicBool::new(false),
             wake: (Mutex::new(()), Condvar::new()),
         });
-        shared.rotate(&mut keys, &*ram)?;
+        // Nobody looks at the heart meanwhile, however long the disk takes.
+        shared.rotate(&mut keys, &*ram, || {
+            control
+                .boot_id_now(&*ram)
+                .is_ok_and(|id| id == control.ident.boot_id)
+        })?;
         let thread = {
             let shared = Arc::clone(&shared);
             std::thread::Builder::new()
@@ -173,7 +178,7 @@ impl Shared {
                 self.late.fetch_add(1, Ordering::Relaxed);
                 due = now;
             }
-            match self.rotate(&mut keys, ram) {
+            match self.rotate(&mut keys, ram, || liveness.is_fresh(ram, &control)) {
                 Ok(()) => {
                     if new {
                         let mut target = lock(&self.target);
@@ -197,14 +202,19 @@ impl Shared {
         }
     }
 
-    fn rotate(&self, keys: &mut KeyController, ram: &dyn GuestRam) -> Result<(), KeyError> {
+    fn rotate(
+        &self,
+        keys: &mut KeyController,
+        ram: &dyn GuestRam,
+        is_there: impl FnOnce() -> bool,
+    ) -> Result<(), KeyError> {
         let note = |entry| {
             self.history
                 .write()
                 .unwrap_or_else(PoisonError::into_inner)
                 .push(entry);
         };
-        keys.rotate(ram, note).map(drop)
+        keys.rotate(ram, note, is_there).map(drop)
     }
 }
 

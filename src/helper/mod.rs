@@ -23,9 +23,12 @@ mod engine;
 mod keyring;
 pub mod protocol;
 mod ratelimit;
+mod requests;
+mod run;
 mod server;
 mod trace;
+mod turn;
 mod watch;
 
 pub use attach::{attach, Attached};
-pub use engine::{run, Options};
+pub use run::{run, Options};

@@ -2,15 +2,16 @@
 
 use std::fs;
 use std::io::{self, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{channel, Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use nix::sys::socket::{shutdown, Shutdown};
 use uuid::Uuid;
 
 use crate::libvirt::run_dir::{Claim, RunDir};
@@ -29,6 +30,8 @@ pub(super) struct Server {
     listener: UnixListener,
     path: PathBuf,
     wake: (UnixStream, UnixStream),
+    /// Set when nobody is to listen any more.
+    ended: Arc<AtomicBool>,
     /// Held as long as the helper lives.
     _claim: Claim,
 }
@@ -57,6 +60,7 @@ impl Server {
             listener,
             path,
             wake,
+            ended: Arc::default(),
             _claim: claim,
         })
     }
@@ -71,11 +75,15 @@ impl Server {
         let (sender, receiver) = channel();
         let listener = self.listener.try_clone()?;
         let wake = self.wake.1.try_clone()?;
+        let ended = Arc::clone(&self.ended);
         std::thread::Builder::new()
             .name("listen".to_owned())
             .spawn(move || {
                 let open = Arc::new(AtomicUsize::new(0));
                 for stream in listener.incoming() {
+                    if ended.load(Ordering::Acquire) {
+                        return;
+                    }
                     let (Ok(stream), Ok(wake)) = (stream, wake.try_clone()) else {
                         // Out of descriptors, perhaps: not forever.
                         std::thread::sleep(Duration::from_millis(100));
@@ -112,6 +120,9 @@ impl Drop for Server {
     fn drop(&mut self) {
         // Gone already is as good.
         let _ = fs::remove_file(&self.path);
+        // Whoever listens returns from accept(2) with an error.
+        self.ended.store(true, Ordering::Release);
+        let _ = shutdown(self.listener.as_raw_fd(), Shutdown::Both);
     }
 }
 

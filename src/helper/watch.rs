@@ -261,6 +261,14 @@ impl Watch {
         Ok(Seen::Same)
     }
 
+    /// Guest memory could not be followed: what is known of the guest no longer
+    /// holds.
+    pub(super) fn lost(&mut self, why: &str) {
+        self.guest = None;
+        self.liveness.gone();
+        why.clone_into(&mut self.why);
+    }
+
     fn take(&mut self, guest: Guest) {
         self.guest = Some(guest);
         self.last = None;

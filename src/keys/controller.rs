@@ -21,6 +21,15 @@ pub enum KeyError {
     /// The operating system gave no random bits.
     #[error("the operating system's random generator failed: {0}")]
     Random(String),
+    /// The guest went away while its key was noted.
+    #[error(
+        "the guest was reset, or stopped, while its key of epoch {epoch} was written to disk: \
+         it was not handed out"
+    )]
+    GuestGone {
+        /// The epoch of that key, which is used for no other.
+        epoch: u64,
+    },
     /// Guest memory could not be written.
     #[error(transparent)]
     Ram(#[from] RamError),
@@ -79,17 +88,20 @@ impl KeyController {
         self.klog.last_epoch()
     }
 
-    /// Makes the next key, notes it on disk, tells it to `noted`, and then
-    /// hands it to the guest: the slot first, the epoch after it. So whoever
-    /// decodes can know each key before a record can be made with it.
+    /// Makes the next key, notes it on disk, tells it to `noted`, and then, if
+    /// the guest `is_there`, hands it to it: the slot first, the epoch after
+    /// it. So whoever decodes can know each key before a record can be made
+    /// with it. `is_there` is asked after the disk was waited for, right
+    /// before guest memory is written.
     ///
     /// # Errors
-    /// See [`KeyError`]. After a [`KlogError`] the guest still has the old
-    /// key; the caller may try again.
+    /// See [`KeyError`]. After any of them the guest still has the old key;
+    /// the caller may try again.
     pub fn rotate(
         &mut self,
         ram: &dyn GuestRam,
         noted: impl FnOnce(Entry),
+        is_there: impl FnOnce() -> bool,
     ) -> Result<Entry, KeyError> {
         let key = SysRng
             .try_next_u64()
@@ -102,6 +114,9 @@ impl KeyController {
         };
         self.klog.append(&entry)?;
         noted(entry);
+        if !is_there() {
+            return Err(KeyError::GuestGone { epoch: entry.epoch });
+        }
         ram.write_u64(self.slot(entry.epoch), entry.key)?;
         ram.write_u64(self.keys, entry.epoch)?;
         if self.given.len() as u64 == self.slots {
@@ -173,7 +188,7 @@ mod tests {
     fn a_key_goes_to_its_slot_and_is_on_disk() {
         let (dir, ram, mut controller) = controller(4);
         for epoch in 1..=9 {
-            let entry = controller.rotate(&ram, drop).expect("a key");
+            let entry = controller.rotate(&ram, drop, || true).expect("a key");
             assert_eq!((entry.epoch, word(&ram, 0)), (epoch, epoch));
             assert_eq!(word(&ram, 1 + epoch % 4), entry.key);
             let noted = Klog::read(&dir.path().join("klog")).expect("a history");
@@ -186,7 +201,7 @@ mod tests {
     fn keys_differ() {
         let (_dir, ram, mut controller) = controller(4);
         let keys: std::collections::HashSet<_> = (0..64)
-            .map(|_| controller.rotate(&ram, drop).expect("a key").key)
+            .map(|_| controller.rotate(&ram, drop, || true).expect("a key").key)
             .collect();
         assert_eq!(keys.len(), 64);
     }
@@ -200,7 +215,7 @@ mod tests {
         let ram = VecRam::from_bytes(&[0; 4096]).read_only();
         let mut controller = KeyController::new(Klog::create(&path).expect("a klog"), KEYS, 4);
         assert!(matches!(
-            controller.rotate(&ram, drop),
+            controller.rotate(&ram, drop, || true),
             Err(KeyError::Ram(_))
         ));
         assert_eq!(Klog::read(&path).expect("a history").last_epoch(), 1);
@@ -208,10 +223,32 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_that_went_away_while_its_key_was_noted_is_not_written_to() {
+        let (_dir, ram, mut controller) = controller(4);
+        controller.rotate(&ram, drop, || true).expect("a key");
+        let memory = || {
+            let mut bytes = vec![0; 4096];
+            ram.read(Gpa(0), &mut bytes).map(|()| bytes)
+        };
+        let before = memory().expect("a look");
+        assert!(matches!(
+            controller.rotate(&ram, drop, || false),
+            Err(KeyError::GuestGone { epoch: 2 })
+        ));
+        assert_eq!(memory().expect("a look"), before);
+        // Its epoch is not used again.
+        assert_eq!(
+            controller.rotate(&ram, drop, || true).expect("a key").epoch,
+            3
+        );
+        assert_eq!(controller.verify(&ram).expect("a look"), []);
+    }
+
+    #[test]
     fn what_the_guest_changed_is_told_once_and_put_right() {
         let (_dir, ram, mut controller) = controller(4);
-        let first = controller.rotate(&ram, drop).expect("a key");
-        controller.rotate(&ram, drop).expect("a key");
+        let first = controller.rotate(&ram, drop, || true).expect("a key");
+        controller.rotate(&ram, drop, || true).expect("a key");
         ram.write_u64(Gpa(KEYS.0 + 16), 7).expect("a write");
         ram.write_u64(KEYS, 77).expect("a write");
         let found = controller.verify(&ram).expect("a look");
@@ -232,7 +269,7 @@ mod tests {
     #[test]
     fn a_slot_that_was_never_given_is_not_looked_at() {
         let (_dir, ram, mut controller) = controller(4);
-        controller.rotate(&ram, drop).expect("a key");
+        controller.rotate(&ram, drop, || true).expect("a key");
         ram.write_u64(Gpa(KEYS.0 + 24), 7).expect("a write");
         assert_eq!(controller.verify(&ram).expect("a look"), []);
     }
@@ -240,11 +277,11 @@ mod tests {
     #[test]
     fn a_reboot_keeps_counting_elsewhere() {
         let (_dir, ram, mut controller) = controller(4);
-        controller.rotate(&ram, drop).expect("a key");
+        controller.rotate(&ram, drop, || true).expect("a key");
         let elsewhere = Gpa(0x800);
         controller.rebooted(elsewhere, 8);
         assert_eq!(controller.verify(&ram).expect("a look"), []);
-        let entry = controller.rotate(&ram, drop).expect("a key");
+        let entry = controller.rotate(&ram, drop, || true).expect("a key");
         assert_eq!(entry.epoch, 2);
         assert_eq!(ram.read_u64(elsewhere).expect("a word"), 2);
     }

@@ -180,6 +180,9 @@ pub enum FindingKind {
     TracerOff,
     /// The guest's ring buffer takes no records while the trace is on.
     RecordingOff,
+    /// The file is as large as it may become: this is its last line, and what
+    /// is found from here on is counted only.
+    Full,
 }
 
 /// What `session.json` holds.

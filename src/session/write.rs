@@ -10,7 +10,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use crate::ring::Chunk;
 
 use super::store::{ChunkReader, ChunkWriter};
-use super::{Finding, Meta, SessionError, FINDINGS_FILE, SYMBOLS_FILE};
+use super::{Finding, FindingKind, Meta, SessionError, FINDINGS_FILE, SYMBOLS_FILE};
+
+/// How large `findings.jsonl` may become, bytes: a guest can change its keys as
+/// often as it likes.
+const FINDINGS_LIMIT: u64 = 4 << 20;
 
 /// A session that grows.
 #[derive(Debug)]
@@ -19,7 +23,7 @@ pub struct SessionWriter {
     /// What it is; [`SessionWriter::save`] writes it.
     pub meta: Meta,
     chunks: HashMap<u16, ChunkWriter>,
-    findings: File,
+    findings: Findings,
     /// Bytes of ring files.
     size: u64,
 }
@@ -72,7 +76,7 @@ impl SessionWriter {
             dir: dir.to_owned(),
             meta,
             chunks: HashMap::new(),
-            findings,
+            findings: Findings::new(findings, dir)?,
             size: 0,
         })
     }
@@ -158,19 +162,12 @@ impl SessionWriter {
         self.chunks.values_mut().try_for_each(ChunkWriter::flush)
     }
 
-    /// Notes what the guest was caught at.
+    /// Notes what the guest was caught at, as far as the file may grow.
     ///
     /// # Errors
     /// If it cannot be written.
     pub fn finding(&mut self, finding: &Finding) -> Result<(), SessionError> {
-        let path = self.dir.join(FINDINGS_FILE);
-        let mut line = serde_json::to_vec(finding)
-            .map_err(std::io::Error::from)
-            .map_err(SessionError::io("write", &path))?;
-        line.push(b'\n');
-        self.findings
-            .write_all(&line)
-            .map_err(SessionError::io("write", path))
+        self.findings.note(finding)
     }
 
     /// Writes `session.json`.
@@ -182,9 +179,89 @@ impl SessionWriter {
     }
 }
 
+/// `findings.jsonl`, which takes no more than [`FINDINGS_LIMIT`].
+#[derive(Debug)]
+struct Findings {
+    file: File,
+    path: PathBuf,
+    /// Bytes of it.
+    size: u64,
+}
+
+impl Findings {
+    /// Goes on with a file that is open for appending.
+    fn new(file: File, dir: &Path) -> Result<Self, SessionError> {
+        let path = dir.join(FINDINGS_FILE);
+        let size = file
+            .metadata()
+            .map_err(SessionError::io("look at", &path))?
+            .len();
+        Ok(Self { file, path, size })
+    }
+
+    fn note(&mut self, finding: &Finding) -> Result<(), SessionError> {
+        if self.size >= FINDINGS_LIMIT {
+            return Ok(());
+        }
+        self.write(finding)?;
+        if self.size >= FINDINGS_LIMIT {
+            self.write(&Finding {
+                wall_ns: finding.wall_ns,
+                kind: FindingKind::Full,
+            })?;
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, finding: &Finding) -> Result<(), SessionError> {
+        let mut line = serde_json::to_vec(finding)
+            .map_err(std::io::Error::from)
+            .map_err(SessionError::io("write", &self.path))?;
+        line.push(b'\n');
+        self.file
+            .write_all(&line)
+            .map_err(SessionError::io("write", &self.path))?;
+        self.size += line.len() as u64;
+        Ok(())
+    }
+}
+
 /// The host's wall clock, nanoseconds since 1970.
 fn wall_ns() -> u64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |time| time.as_nanos() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn findings_end_with_a_line_that_says_so() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let file = || {
+            OpenOptions::new()
+                .append(true)
+                .create(true)
+                .open(dir.path().join(FINDINGS_FILE))
+                .expect("a file")
+        };
+        let finding = Finding {
+            wall_ns: 1,
+            kind: FindingKind::TracerOff,
+        };
+        let mut findings = Findings::new(file(), dir.path()).expect("a beginning");
+        for _ in 0..FINDINGS_LIMIT / 20 {
+            findings.note(&finding).expect("a line");
+        }
+        // Also where another helper goes on with the file.
+        let mut findings = Findings::new(file(), dir.path()).expect("a beginning");
+        findings.note(&finding).expect("nothing");
+        let text = fs::read_to_string(dir.path().join(FINDINGS_FILE)).expect("the file");
+        assert!((FINDINGS_LIMIT..FINDINGS_LIMIT + 200).contains(&(text.len() as u64)));
+        let full: Vec<_> = text.lines().filter(|line| line.contains("full")).collect();
+        assert_eq!(full, [r#"{"wall_ns":1,"finding":"full"}"#]);
+        assert_eq!(text.lines().next_back(), full.first().copied());
+    }
 }

@@ -1,0 +1,158 @@
+//! Turning the guest's switch, and waiting for what comes of it while the
+//! draining goes on.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::kernel::Gva;
+use crate::session::SwitchChange;
+use crate::switch::{self, Command, Progress, SwitchError};
+
+use super::engine::{Engine, Refusal, TICK_TRACING};
+use super::watch::{wall_ns, Guest, Seen};
+
+/// For the guest to take a command up: it looks every 100 ms or sooner.
+const PICKUP_LIMIT: Duration = Duration::from_secs(10);
+/// For the guest's kernel to patch its call sites, under emulation.
+const WORK_LIMIT: Duration = Duration::from_secs(120);
+/// How often a user who waits is told of it.
+const PROGRESS_EVERY: Duration = Duration::from_secs(2);
+
+impl Engine {
+    /// After a reboot: the switch as it was before.
+    pub(super) fn switch_again(&mut self) -> anyhow::Result<()> {
+        let Some(functions) = self.wanted.clone() else {
+            return Ok(());
+        };
+        let deadline = Instant::now() + PICKUP_LIMIT;
+        while self.trace.as_ref().is_some_and(|trace| !trace.keys.ready()) {
+            if Instant::now() > deadline {
+                anyhow::bail!("the guest that booted could not be given a key");
+            }
+            self.watch.look(&*self.attached.ram)?;
+            std::thread::sleep(TICK_TRACING);
+        }
+        let (names, addresses) = self.resolve(&functions)?;
+        let command = Command::On {
+            functions: addresses,
+            buffer_kb: self.buffer_kb,
+        };
+        let turn = self.command(&command, &names, &|_| ())?;
+        if let Some(trace) = &mut self.trace {
+            trace.switched(turn)?;
+        }
+        Ok(())
+    }
+
+    /// Has the guest carry out a command, and goes on draining meanwhile.
+    pub(super) fn command(
+        &mut self,
+        command: &Command,
+        names: &[String],
+        progress: &dyn Fn(String),
+    ) -> Result<SwitchChange, Refusal> {
+        let ram = Arc::clone(&self.attached.ram);
+        let control = self.alive()?.control;
+        let sent = Instant::now();
+        let pending = switch::send(&*ram, &control, command)?;
+        let mut picked_up = None;
+        let mut told = sent;
+        loop {
+            let progress_now = pending.poll(&*ram, &control);
+            if picked_up.is_none() && !matches!(progress_now, Ok(Progress::Waiting)) {
+                picked_up = Some(sent.elapsed());
+            }
+            match progress_now {
+                Ok(Progress::Done { worked, .. }) => {
+                    return Ok(SwitchChange {
+                        wall_ns: wall_ns(),
+                        functions: names.to_vec(),
+                        pickup_ns: picked_up.unwrap_or_default().as_nanos() as u64,
+                        worked_ns: worked.as_nanos() as u64,
+                    });
+                }
+                Err(SwitchError::Guest(error)) => {
+                    let named = error.function.and_then(|index| names.get(index as usize));
+                    return Err(match named {
+                        Some(name) => anyhow::anyhow!(
+                            "{name} is a function of the guest's kernel, but {error}"
+                        ),
+                        None => anyhow::anyhow!("{error}"),
+                    });
+                }
+                Err(error) => return Err(error.into()),
+                Ok(Progress::Waiting) if sent.elapsed() > PICKUP_LIMIT => anyhow::bail!(
+                    "the guest's kernel did not take the command up within {} s; \
+                     its last heartbeat was {} ms ago: is the guest paused, or overloaded?",
+                    PICKUP_LIMIT.as_secs(),
+                    self.watch.silent().as_millis()
+                ),
+                Ok(Progress::Working) if sent.elapsed() > WORK_LIMIT => anyhow::bail!(
+                    "the guest's kernel took the command up and did not finish it within {} s; \
+                     see the guest's kernel log",
+                    WORK_LIMIT.as_secs()
+                ),
+                Ok(_) => {}
+            }
+            if let (Some(pickup), true) = (picked_up, told.elapsed() > PROGRESS_EVERY) {
+                told = Instant::now();
+                progress(format!(
+                    "the guest took it up after {} ms, and patches its call sites since {} s",
+                    pickup.as_millis(),
+                    (sent.elapsed() - pickup).as_secs()
+                ));
+            }
+            if matches!(self.watch.look(&*ram)?, Seen::Gone | Seen::Booted) {
+                anyhow::bail!("the guest was reset meanwhile");
+            }
+            if let Some(trace) = &mut self.trace {
+                trace.drain(&self.watch)?;
+                trace.attend(&self.watch)?;
+            }
+            std::thread::sleep(TICK_TRACING);
+        }
+    }
+
+    /// The guest's kernel, if it was seen to live a moment ago.
+    pub(super) fn alive(&mut self) -> Result<Guest, Refusal> {
+        let ram = Arc::clone(&self.attached.ram);
+        let deadline = Instant::now() + Duration::from_secs(3);
+        loop {
+            if let Some(guest) = &self.watch.guest {
+                if self.watch.liveness.is_fresh(&*ram, &guest.control) {
+                    return Ok(guest.clone());
+                }
+            }
+            if Instant::now() > deadline {
+                break;
+            }
+            self.watch.look(&*ram)?;
+            std::thread::sleep(TICK_TRACING);
+        }
+        if self.watch.guest.is_some() {
+            anyhow::bail!(
+                "the guest's kernel has shown no sign of life for {} ms; is the domain paused?",
+                self.watch.silent().as_millis()
+            );
+        }
+        anyhow::bail!("the guest's kernel was not found: {}", self.watch.why)
+    }
+
+    /// The functions' full names and run-time addresses.
+    pub(super) fn resolve(
+        &mut self,
+        functions: &[String],
+    ) -> Result<(Vec<String>, Vec<Gva>), Refusal> {
+        let guest = self.alive()?;
+        let mut names = Vec::new();
+        let mut addresses = Vec::new();
+        for function in functions {
+            let found = guest.symbols.resolve_function(function)?;
+            for address in found.addresses {
+                names.push(found.name.clone());
+                addresses.push(guest.kernel.runtime(address));
+            }
+        }
+        Ok((names, addresses))
+    }
+}
