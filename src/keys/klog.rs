@@ -55,14 +55,14 @@ impl fmt::Debug for Entry {
 #[derive(Debug, thiserror::Error)]
 pub enum KlogError {
     /// The file could not be made, read or synced.
-    #[error("cannot {action} the key log {path:?}: {source}")]
+    #[error("cannot {action} the key log {path:?}: {cause}")]
     Io {
         /// What was tried.
         action: &'static str,
         /// The file.
         path: PathBuf,
         /// Why not.
-        source: io::Error,
+        cause: io::Error,
     },
     /// The file is not a Klog, or was damaged.
     #[error("{path:?}, line {line}: {what}")]
@@ -92,10 +92,10 @@ impl Klog {
     pub fn create(path: &Path) -> Result<Self, KlogError> {
         let io = |action| {
             let path = path.to_owned();
-            move |source| KlogError::Io {
+            move |cause| KlogError::Io {
                 action,
                 path,
-                source,
+                cause,
             }
         };
         let mut file = OpenOptions::new()
@@ -124,10 +124,10 @@ impl Klog {
         let (history, good_bytes) = read(path)?;
         let io = |action| {
             let path = path.to_owned();
-            move |source| KlogError::Io {
+            move |cause| KlogError::Io {
                 action,
                 path,
-                source,
+                cause,
             }
         };
         let mut file = OpenOptions::new()
@@ -172,10 +172,10 @@ impl Klog {
         );
         let io = |action| {
             let path = &self.path;
-            move |source| KlogError::Io {
+            move |cause| KlogError::Io {
                 action,
                 path: path.clone(),
-                source,
+                cause,
             }
         };
         // One write, so that a crash leaves a prefix of the line at most.
@@ -188,10 +188,10 @@ impl Klog {
 
 /// The history in a file, and how many of its bytes are whole lines.
 fn read(path: &Path) -> Result<(KeyHistory, u64), KlogError> {
-    let io = |source| KlogError::Io {
+    let io = |cause| KlogError::Io {
         action: "read",
         path: path.to_owned(),
-        source,
+        cause,
     };
     let mut reader = BufReader::new(File::open(path).map_err(io)?);
     let mut history = KeyHistory::default();

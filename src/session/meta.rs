@@ -244,7 +244,7 @@ impl Meta {
             }
             Err(error) => return Err(SessionError::io("read", path)(error)),
         };
-        serde_json::from_slice(&text).map_err(|source| SessionError::Meta { path, source })
+        serde_json::from_slice(&text).map_err(|cause| SessionError::Meta { path, cause })
     }
 
     /// Writes the `session.json` of a session's directory, whole or not at

@@ -52,25 +52,25 @@ pub const FINDINGS_FILE: &str = "findings.jsonl";
 #[derive(Debug, thiserror::Error)]
 pub enum SessionError {
     /// A file or directory of it.
-    #[error("cannot {action} {path:?}: {source}")]
+    #[error("cannot {action} {path:?}: {cause}")]
     Io {
         /// What was tried.
         action: &'static str,
         /// With which file.
         path: PathBuf,
         /// Why not.
-        source: io::Error,
+        cause: io::Error,
     },
     /// A directory without a `session.json` in it.
     #[error("{0:?} is no session: it has no session.json; sessions are the directories below /var/log/libvirt/qemu/DOMAIN.xftrace/")]
     NotASession(PathBuf),
     /// A `session.json` that cannot be understood.
-    #[error("{path:?} cannot be understood: {source}")]
+    #[error("{path:?} cannot be understood: {cause}")]
     Meta {
         /// The file.
         path: PathBuf,
         /// Why not.
-        source: serde_json::Error,
+        cause: serde_json::Error,
     },
     /// A file of records that is none.
     #[error("{0:?} holds no ring-buffer chunks")]
@@ -87,10 +87,10 @@ impl SessionError {
     /// For `map_err` on what was tried with a file.
     fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
-        move |source| Self::Io {
+        move |cause| Self::Io {
             action,
             path,
-            source,
+            cause,
         }
     }
 }

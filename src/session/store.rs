@@ -128,7 +128,7 @@ impl ChunkReader {
     pub fn open(dir: &Path, boot: u32, cpu: u16) -> Result<Option<Self>, SessionError> {
         match Self::open_path(&path(dir, boot, cpu), cpu) {
             Ok(reader) => Ok(Some(reader)),
-            Err(SessionError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+            Err(SessionError::Io { cause, .. }) if cause.kind() == io::ErrorKind::NotFound => {
                 Ok(None)
             }
             Err(error) => Err(error),
