@@ -23,7 +23,11 @@ fn every_call_of_a_known_program_is_recorded_once() {
         ..Domain::new("truth")
     });
     let dir = tempfile::tempdir().expect("a directory");
-    let map = &guest.lab().artifacts().expect("a kernel").system_map;
+    let map = &guest
+        .lab()
+        .artifacts(xftrace_lab::KERNEL)
+        .expect("a kernel")
+        .system_map;
     let mut enroll = guest.xftrace(dir.path());
     enroll.args(["enroll", "truth", "--symbols"]).arg(map);
     enroll.assert().success();

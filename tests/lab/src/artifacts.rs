@@ -23,13 +23,14 @@ pub struct Artifacts {
 }
 
 impl Artifacts {
-    /// Finds them in the cache, or builds them: minutes for the kernel, with
-    /// progress on standard error.
+    /// Finds those of a kernel, as [`crate::Domain::kernel`] names it, in the
+    /// cache, or builds them: minutes for the kernel, with progress on standard
+    /// error.
     ///
     /// # Errors
     /// Where a build fails.
-    pub fn build() -> Result<Artifacts> {
-        let kernel_dir = run_script("kernel", &[])?;
+    pub fn build(kernel: &str) -> Result<Artifacts> {
+        let kernel_dir = run_script("kernel", &[Path::new(kernel)])?;
         let initramfs = run_script("initramfs", &[&kernel_dir])?;
         Ok(Artifacts {
             bzimage: kernel_dir.join("bzImage"),

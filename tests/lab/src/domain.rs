@@ -20,11 +20,17 @@ pub enum Backing {
     Memfd,
 }
 
+/// The kernel that a domain boots where it names none.
+pub const KERNEL: &str = "6.1";
+
 /// A domain to define.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Domain {
     /// Its name.
     pub name: String,
+    /// The kernel it boots: 6.1 or 6.12, each with xftrace's patches.
+    #[arg(long, default_value = KERNEL)]
+    pub kernel: String,
     /// QEMU's machine type: pc, q35 or a versioned one.
     #[arg(long, default_value = "pc")]
     pub machine: String,
@@ -55,6 +61,7 @@ impl Domain {
     pub fn new(name: &str) -> Domain {
         Domain {
             name: name.to_owned(),
+            kernel: KERNEL.to_owned(),
             machine: "pc".to_owned(),
             cpu: "max".to_owned(),
             vcpus: 2,

@@ -7,7 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
@@ -36,7 +36,8 @@ pub struct Options {
 #[derive(Debug)]
 pub struct Lab {
     dir: PathBuf,
-    artifacts: OnceLock<Artifacts>,
+    /// By the kernel's name.
+    artifacts: Mutex<HashMap<String, Artifacts>>,
     xftrace: Option<PathBuf>,
     /// Connections to guests, by the domain's name.
     pub(crate) agents: Mutex<HashMap<String, Arc<Agent>>>,
@@ -49,9 +50,8 @@ impl Lab {
     /// with [`Options::owner`].
     ///
     /// # Errors
-    /// Where the guest's kernel cannot be built, or libvirtd does not start.
+    /// Where libvirtd does not start.
     pub fn start(options: &Options) -> Result<Lab> {
-        let artifacts = Artifacts::build()?;
         // Not TMPDIR: paths of sockets below it may have 107 bytes.
         let dir = tempfile::Builder::new()
             .prefix("xftrace-lab.")
@@ -60,7 +60,7 @@ impl Lab {
             .keep();
         let mut lab = Lab {
             dir,
-            artifacts: artifacts.into(),
+            artifacts: Mutex::default(),
             xftrace: options.xftrace.clone(),
             agents: Mutex::default(),
             keeper: None,
@@ -87,7 +87,7 @@ impl Lab {
         let xftrace = dir.join("xftrace/xftrace").canonicalize().ok();
         let lab = Lab {
             dir,
-            artifacts: OnceLock::new(),
+            artifacts: Mutex::default(),
             xftrace,
             agents: Mutex::default(),
             keeper: None,
@@ -224,16 +224,21 @@ impl Lab {
         self.dir.join(format!("log/qemu/{domain}.xftrace"))
     }
 
-    /// The guest's files.
+    /// The files of guests that boot this kernel, see [`Domain::kernel`].
     ///
     /// # Errors
     /// Where they have to be built, and that fails.
-    pub fn artifacts(&self) -> Result<&Artifacts> {
-        if let Some(artifacts) = self.artifacts.get() {
-            return Ok(artifacts);
+    pub fn artifacts(&self, kernel: &str) -> Result<Artifacts> {
+        let mut known = self
+            .artifacts
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(artifacts) = known.get(kernel) {
+            return Ok(artifacts.clone());
         }
-        let artifacts = Artifacts::build()?;
-        Ok(self.artifacts.get_or_init(|| artifacts))
+        let artifacts = Artifacts::build(kernel)?;
+        known.insert(kernel.to_owned(), artifacts.clone());
+        Ok(artifacts)
     }
 
     /// libvirt's URI for the lab from outside its namespaces.
@@ -351,7 +356,7 @@ impl Lab {
         std::fs::create_dir_all(&boot)?;
         let kernel = boot.join(format!("{}.bzImage", domain.name));
         let initrd = boot.join(format!("{}.initramfs", domain.name));
-        let artifacts = self.artifacts()?;
+        let artifacts = self.artifacts(&domain.kernel)?;
         copy(&artifacts.bzimage, &kernel)?;
         copy(&artifacts.initramfs, &initrd)?;
         let guest = Guest::new(self, &domain.name);

@@ -27,7 +27,7 @@ use anyhow::{bail, Result};
 
 pub use agent::{Job, Output};
 pub use artifacts::Artifacts;
-pub use domain::{Backing, Domain};
+pub use domain::{Backing, Domain, KERNEL};
 pub use guest::Guest;
 pub use lab::{Lab, Options};
 
