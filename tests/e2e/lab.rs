@@ -28,6 +28,7 @@ static TURN: RwLock<()> = RwLock::new(());
 /// that is because the test failed, the guest's console is printed.
 pub(crate) struct TestGuest {
     guest: Guest<'static>,
+    kernel: String,
     _turn: Turn,
 }
 
@@ -59,7 +60,16 @@ impl TestGuest {
         let guest = LAB
             .define(domain)
             .unwrap_or_else(|error| panic!("cannot define '{}': {error:#}", domain.name));
-        TestGuest { guest, _turn: turn }
+        TestGuest {
+            guest,
+            kernel: domain.kernel.clone(),
+            _turn: turn,
+        }
+    }
+
+    /// The kernel it boots, see [`Domain::kernel`].
+    pub(crate) fn kernel(&self) -> &str {
+        &self.kernel
     }
 
     /// The lab it runs in.

@@ -7,3 +7,4 @@
 mod boot;
 mod lab;
 mod trace;
+mod traced;

@@ -1,0 +1,84 @@
+//! A guest that is enrolled and runs: what most tests begin with.
+
+use std::ops::Deref;
+use std::path::Path;
+
+use tempfile::TempDir;
+use xftrace::session::{self, EndReason, Session, State};
+use xftrace_lab::{Backing, Domain};
+
+use crate::lab::TestGuest;
+
+/// A running, enrolled guest, and a directory in which commands are run.
+pub(crate) struct Traced {
+    guest: TestGuest,
+    dir: TempDir,
+}
+
+impl Traced {
+    /// Defines an ordinary domain, alone in the lab, enrols it and starts it.
+    pub(crate) fn start_alone(name: &str) -> Traced {
+        Traced::start(TestGuest::define_alone(&Domain {
+            backing: Backing::File,
+            ..Domain::new(name)
+        }))
+    }
+
+    /// Enrols a domain that is defined, with the symbols of its kernel,
+    /// and starts it.
+    pub(crate) fn start(guest: TestGuest) -> Traced {
+        let dir = tempfile::tempdir().expect("a directory");
+        let artifacts = guest.lab().artifacts(guest.kernel());
+        guest
+            .xftrace(dir.path())
+            .args(["enroll", guest.name(), "--symbols"])
+            .arg(artifacts.expect("a kernel").system_map)
+            .assert()
+            .success();
+        guest.start().unwrap();
+        Traced { guest, dir }
+    }
+
+    /// An xftrace command about this domain, such as `["off", "--no-copy"]`.
+    pub(crate) fn command(&self, command: &[&str]) -> assert_cmd::Command {
+        let mut xftrace = self.guest.xftrace(self.dir());
+        xftrace.args(command).args(["-d", self.guest.name()]);
+        xftrace
+    }
+
+    /// `xftrace on`, with these functions and options.
+    pub(crate) fn on(&self, arguments: &[&str]) {
+        self.command(&["on"]).args(arguments).assert().success();
+    }
+
+    /// `xftrace off`, and the session that ends with it.
+    pub(crate) fn off(&self) -> Session {
+        self.command(&["off"]).assert().success();
+        let session = self.session();
+        assert_eq!(
+            (session.meta.state, &session.meta.end),
+            (State::Closed, &Some(EndReason::Off))
+        );
+        session
+    }
+
+    /// The domain's newest session.
+    pub(crate) fn session(&self) -> Session {
+        let sessions = session::list(&self.guest.lab().sessions(self.guest.name()));
+        let newest = sessions.first().expect("a session");
+        Session::open(newest).expect("a session that can be read")
+    }
+
+    /// Where commands are run, and `xftrace off` leaves `trace_graph.txt`.
+    pub(crate) fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+}
+
+impl Deref for Traced {
+    type Target = TestGuest;
+
+    fn deref(&self) -> &TestGuest {
+        &self.guest
+    }
+}
