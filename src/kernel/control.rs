@@ -264,20 +264,35 @@ impl Control {
         })
     }
 
+    /// The number of the command that was written last.
+    ///
+    /// # Errors
+    /// If guest memory cannot be read.
+    pub fn last_command(&self, ram: &dyn GuestRam) -> Result<u32, RamError> {
+        ram.read_u32(self.field(at::HOST_SEQ))
+    }
+
     /// Writes a command into the host's part of the page, its number last.
     /// `functions` beyond what the page has room for are refused by the
     /// caller, who knows [`Ident::max_functions`].
+    ///
+    /// While it writes, the number there is `seen`, that of the command which
+    /// the guest took up last: a guest that was about to take up an older
+    /// command, which nobody waits for any more, sees the number change and
+    /// takes none.
     ///
     /// # Errors
     /// If guest memory cannot be written.
     pub fn write_command(
         &self,
         ram: &dyn GuestRam,
+        seen: u32,
         seq: u32,
         command: u32,
         buffer_kb: u32,
         functions: &[Gva],
     ) -> Result<(), RamError> {
+        ram.write_u32(self.field(at::HOST_SEQ), seen)?;
         for (slot, function) in (0u64..).zip(functions) {
             ram.write_u64(self.field(at::HOST_FUNCTIONS + 8 * slot), function.0)?;
         }
@@ -289,6 +304,49 @@ impl Control {
 
     fn field(&self, offset: u64) -> Gpa {
         Gpa(self.base.0.wrapping_add(offset))
+    }
+}
+
+#[cfg(test)]
+impl Control {
+    /// A control block at `base`, for tests of what is asked and written there.
+    pub(crate) fn for_tests(base: Gpa, max_functions: u32) -> Self {
+        let types = RecordTypes {
+            root: 20,
+            call: 21,
+            ret: 22,
+            plain_call: 11,
+            plain_ret: 10,
+        };
+        Self {
+            base,
+            keys: base,
+            ident: Ident {
+                boot_id: 1,
+                key_slots: 64,
+                max_functions,
+                nr_cpus: 1,
+                types,
+            },
+            ring: RingLayout {
+                buffer: Gva(0),
+                page_size: 4096,
+                buffers: 0,
+                nr_pages: 0,
+                pages: 0,
+                reader_page: 0,
+                commit_page: 0,
+                entries: 0,
+                overrun: 0,
+                commit_overrun: 0,
+                dropped: 0,
+                list: 0,
+                page: 0,
+                time_stamp: 0,
+                commit: 8,
+                data: 16,
+            },
+        }
     }
 }
 

@@ -81,6 +81,7 @@ impl fmt::Display for GuestError {
         const EBUSY: u32 = 16;
         const ENODEV: u32 = 19;
         const EINVAL: u32 = 22;
+        const EOPNOTSUPP: u32 = 95;
         const EALREADY: u32 = 114;
         const ENOKEY: u32 = 126;
         let text = match self.errno {
@@ -100,6 +101,10 @@ impl fmt::Display for GuestError {
             EINVAL => "the guest's kernel does not know the command",
             EALREADY => "the guest's trace is stopped and not yet switched off; try again",
             ENOKEY => "the guest's kernel was given no key yet",
+            EOPNOTSUPP => {
+                "the guest's trace buffer has sub-buffers of more than one page; \
+                       write 4 to buffer_subbuf_size_kb in the guest's tracefs"
+            }
             errno => return write!(f, "the guest's kernel answered with error {errno}"),
         };
         f.write_str(text)
@@ -152,9 +157,22 @@ pub fn send(
             max,
         });
     }
-    // The guest acts when the number differs from the one it did last.
-    let seq = control.heartbeat(ram)?.ack_seq.wrapping_add(1);
-    control.write_command(ram, seq, command.number(), buffer_kb, functions)?;
+    // The guest acts when the number differs from the one it did last. An
+    // earlier command may still be at work, or not be taken up yet: what comes
+    // of that must not be taken for an answer to this one.
+    let beat = control.heartbeat(ram)?;
+    let mut seq = control.last_command(ram)?.wrapping_add(1);
+    while seq == beat.ack_seq || seq == beat.seen_seq {
+        seq = seq.wrapping_add(1);
+    }
+    control.write_command(
+        ram,
+        beat.seen_seq,
+        seq,
+        command.number(),
+        buffer_kb,
+        functions,
+    )?;
     Ok(Pending { seq })
 }
 
@@ -184,5 +202,89 @@ impl Pending {
         } else {
             Progress::Waiting
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ram::{Gpa, VecRam};
+
+    /// Offsets in struct xftrace_control, include/linux/xftrace.h.
+    const SEEN: u64 = 0x90;
+    const ACK: u64 = 0x94;
+    const ERROR: u64 = 0x98;
+    const HOST_SEQ: u64 = 0x100;
+
+    fn setting() -> (VecRam, Control) {
+        let control = Control::for_tests(Gpa(0), 4);
+        (VecRam::from_bytes(&[0; 4096]), control)
+    }
+
+    /// The guest takes up what is asked.
+    fn take_up(ram: &VecRam) -> u32 {
+        let seq = ram.read_u32(Gpa(HOST_SEQ)).expect("a number");
+        ram.poke_u32(Gpa(SEEN), seq);
+        seq
+    }
+
+    #[test]
+    fn a_command_is_waited_for_until_its_own_number_comes_back() {
+        let (ram, control) = setting();
+        let pending = send(&ram, &control, &Command::Stop).expect("sent");
+        assert!(matches!(
+            pending.poll(&ram, &control),
+            Ok(Progress::Waiting)
+        ));
+        let seq = take_up(&ram);
+        assert!(matches!(
+            pending.poll(&ram, &control),
+            Ok(Progress::Working)
+        ));
+        ram.poke_u32(Gpa(ACK), seq);
+        assert!(matches!(
+            pending.poll(&ram, &control),
+            Ok(Progress::Done { .. })
+        ));
+        ram.poke_u32(Gpa(ERROR), -16i32 as u32);
+        assert!(matches!(
+            pending.poll(&ram, &control),
+            Err(SwitchError::Guest(GuestError { errno: 16, .. }))
+        ));
+    }
+
+    #[test]
+    fn the_answer_to_a_command_given_up_is_none_to_the_next() {
+        // One that the guest was slow to finish, and one that it never saw.
+        for slow in [true, false] {
+            let (ram, control) = setting();
+            send(&ram, &control, &Command::Off).expect("sent");
+            let first = if slow {
+                take_up(&ram)
+            } else {
+                ram.read_u32(Gpa(HOST_SEQ)).expect("a number")
+            };
+            let pending = send(&ram, &control, &Command::Stop).expect("sent");
+            ram.poke_u32(Gpa(SEEN), first);
+            ram.poke_u32(Gpa(ACK), first);
+            assert!(matches!(
+                pending.poll(&ram, &control),
+                Ok(Progress::Waiting)
+            ));
+        }
+    }
+
+    #[test]
+    fn more_functions_than_the_page_takes_are_refused() {
+        let (ram, control) = setting();
+        let command = Command::On {
+            functions: vec![Gva(0); 5],
+            buffer_kb: 0,
+        };
+        assert!(matches!(
+            send(&ram, &control, &command),
+            Err(SwitchError::TooMany { given: 5, max: 4 })
+        ));
+        assert_eq!(ram.read_u32(Gpa(HOST_SEQ)).expect("a number"), 0);
     }
 }
