@@ -21,11 +21,14 @@ deb: ## build the Debian package: target/debian/xftrace_*.deb
 demo: ## trace a guest from nothing: build, boot, enrol, trace, show (root)
 	tests/lab/demo
 
-# The guest's kernel comes first, for its progress to be seen; the end-to-end
-# tests run with the binary that users run.
+# From quick to slow, so that what fails early fails soon. The guest's kernel is
+# built before the tests that boot it, for its progress to be seen; the
+# end-to-end tests run with the binary that users run.
 test: ## run all tests, the end-to-end ones with real guests too (root)
 	tests/lab/bootstrap --test
 	$(CARGO) test --locked --workspace
+	guest-kernel-patches/check
+	packaging/test-deb
 	tests/lab/initramfs "$$(tests/lab/kernel)"
 	$(CARGO) test --locked --release --test e2e
 
