@@ -13,8 +13,9 @@ use super::watch::{wall_ns, Liveness};
 
 /// What was handed out is compared at least this often.
 const VERIFY_EVERY: Duration = Duration::from_secs(1);
-/// How often it is tried to hand a guest that booted its first key.
-const FIRST_KEY_EVERY: Duration = Duration::from_millis(20);
+/// How often it is tried to hand a key to a guest that has just booted, or
+/// whose heart is silent.
+const TRY_EVERY: Duration = Duration::from_millis(20);
 
 /// What the thread and the engine share.
 #[derive(Debug)]
@@ -145,13 +146,16 @@ impl Shared {
         liveness: &Liveness,
     ) {
         let mut due = Instant::now() + interval;
+        // A key that is due does not make the thread spin while the guest is
+        // paused.
+        let mut not_before = Instant::now();
         while !self.stop.load(Ordering::Acquire) {
             let target = *lock(&self.target);
             let look_in = match target {
-                Some((_, true)) => FIRST_KEY_EVERY,
+                Some((_, true)) => TRY_EVERY,
                 _ => VERIFY_EVERY.min(interval),
             };
-            self.wait(due.min(Instant::now() + look_in));
+            self.wait(due.min(Instant::now() + look_in).max(not_before));
             let target = *lock(&self.target);
             let Some((control, new)) = target else {
                 due = Instant::now() + interval;
@@ -161,13 +165,11 @@ impl Shared {
                 keys.rebooted(control.keys(), control.ident.key_slots);
             }
             if !liveness.is_fresh(ram, &control) {
+                not_before = Instant::now() + TRY_EVERY;
                 continue;
             }
             match keys.verify(ram) {
-                Ok(found) => {
-                    let now = wall_ns();
-                    lock(&self.found).extend(found.into_iter().map(|tamper| (now, tamper)));
-                }
+                Ok(found) => self.found(found),
                 Err(error) => *lock(&self.trouble) = Some(error.to_string()),
             }
             let now = Instant::now();
@@ -214,7 +216,14 @@ impl Shared {
                 .unwrap_or_else(PoisonError::into_inner)
                 .push(entry);
         };
-        keys.rotate(ram, note, is_there).map(drop)
+        let (_, found) = keys.rotate(ram, note, is_there)?;
+        self.found(found);
+        Ok(())
+    }
+
+    fn found(&self, found: Vec<Tamper>) {
+        let now = wall_ns();
+        lock(&self.found).extend(found.into_iter().map(|tamper| (now, tamper)));
     }
 }
 

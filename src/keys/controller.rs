@@ -94,6 +94,10 @@ impl KeyController {
     /// with it. `is_there` is asked after the disk was waited for, right
     /// before guest memory is written.
     ///
+    /// Noting a key waits for the disk, and the guest can change the epoch
+    /// meanwhile. It is about to be overwritten, so what is there is looked at
+    /// once more: gives the key, and what [`KeyController::verify`] found.
+    ///
     /// # Errors
     /// See [`KeyError`]. After any of them the guest still has the old key;
     /// the caller may try again.
@@ -102,7 +106,7 @@ impl KeyController {
         ram: &dyn GuestRam,
         noted: impl FnOnce(Entry),
         is_there: impl FnOnce() -> bool,
-    ) -> Result<Entry, KeyError> {
+    ) -> Result<(Entry, Vec<Tamper>), KeyError> {
         let key = SysRng
             .try_next_u64()
             .map_err(|e| KeyError::Random(e.to_string()))?;
@@ -117,13 +121,14 @@ impl KeyController {
         if !is_there() {
             return Err(KeyError::GuestGone { epoch: entry.epoch });
         }
+        let found = self.verify(ram)?;
         ram.write_u64(self.slot(entry.epoch), entry.key)?;
         ram.write_u64(self.keys, entry.epoch)?;
         if self.given.len() as u64 == self.slots {
             self.given.pop_front();
         }
         self.given.push_back((entry.epoch, entry.key));
-        Ok(entry)
+        Ok((entry, found))
     }
 
     /// Compares what lies in the guest with what was put there, and puts it
@@ -188,7 +193,8 @@ mod tests {
     fn a_key_goes_to_its_slot_and_is_on_disk() {
         let (dir, ram, mut controller) = controller(4);
         for epoch in 1..=9 {
-            let entry = controller.rotate(&ram, drop, || true).expect("a key");
+            let (entry, found) = controller.rotate(&ram, drop, || true).expect("a key");
+            assert_eq!(found, []);
             assert_eq!((entry.epoch, word(&ram, 0)), (epoch, epoch));
             assert_eq!(word(&ram, 1 + epoch % 4), entry.key);
             let noted = Klog::read(&dir.path().join("klog")).expect("a history");
@@ -201,7 +207,7 @@ mod tests {
     fn keys_differ() {
         let (_dir, ram, mut controller) = controller(4);
         let keys: std::collections::HashSet<_> = (0..64)
-            .map(|_| controller.rotate(&ram, drop, || true).expect("a key").key)
+            .map(|_| controller.rotate(&ram, drop, || true).expect("a key").0.key)
             .collect();
         assert_eq!(keys.len(), 64);
     }
@@ -247,7 +253,7 @@ mod tests {
     #[test]
     fn what_the_guest_changed_is_told_once_and_put_right() {
         let (_dir, ram, mut controller) = controller(4);
-        let first = controller.rotate(&ram, drop, || true).expect("a key");
+        let (first, _) = controller.rotate(&ram, drop, || true).expect("a key");
         controller.rotate(&ram, drop, || true).expect("a key");
         ram.write_u64(Gpa(KEYS.0 + 16), 7).expect("a write");
         ram.write_u64(KEYS, 77).expect("a write");
@@ -267,6 +273,22 @@ mod tests {
     }
 
     #[test]
+    fn what_the_guest_changes_while_a_key_is_noted_is_told() {
+        let (_dir, ram, mut controller) = controller(4);
+        controller.rotate(&ram, drop).expect("a key");
+        let change = |_| ram.write_u64(KEYS, 77).expect("a write");
+        let (entry, found) = controller.rotate(&ram, change, || true).expect("a key");
+        assert_eq!(
+            found,
+            [Tamper::Epoch {
+                expected: 1,
+                found: 77
+            }]
+        );
+        assert_eq!((entry.epoch, word(&ram, 0)), (2, 2));
+    }
+
+    #[test]
     fn a_slot_that_was_never_given_is_not_looked_at() {
         let (_dir, ram, mut controller) = controller(4);
         controller.rotate(&ram, drop, || true).expect("a key");
@@ -281,7 +303,7 @@ mod tests {
         let elsewhere = Gpa(0x800);
         controller.rebooted(elsewhere, 8);
         assert_eq!(controller.verify(&ram).expect("a look"), []);
-        let entry = controller.rotate(&ram, drop, || true).expect("a key");
+        let (entry, _) = controller.rotate(&ram, drop, || true).expect("a key");
         assert_eq!(entry.epoch, 2);
         assert_eq!(ram.read_u64(elsewhere).expect("a word"), 2);
     }
