@@ -65,7 +65,9 @@ pub(super) struct Engine {
     pub(super) buffer_kb: u32,
     pub(super) status: Arc<Mutex<Status>>,
     pub(super) status_at: Instant,
-    pub(super) told_off: Option<Instant>,
+    /// When it was last told that the tracer, or recording, is off; none while
+    /// it is on.
+    pub(super) told_off: [Option<Instant>; 2],
     pub(super) start_done: bool,
     pub(super) last_session: Option<PathBuf>,
     pub(super) said: RateLimit,
@@ -104,7 +106,7 @@ impl Engine {
             buffer_kb: 0,
             status: Arc::new(Mutex::new(status)),
             status_at: Instant::now(),
-            told_off: None,
+            told_off: [None; 2],
             start_done: false,
             last_session: None,
             said: RateLimit::new(3, Duration::from_secs(60)),
@@ -305,22 +307,23 @@ impl Engine {
         let (Some(trace), Some(beat)) = (&mut self.trace, self.watch.heartbeat()) else {
             return Ok(());
         };
-        let kind = if beat.state != SwitchState::On || self.watch.busy() {
+        if beat.state != SwitchState::On || self.watch.busy() {
             return Ok(());
-        } else if !beat.tracer {
-            FindingKind::TracerOff
-        } else if !beat.recording {
-            FindingKind::RecordingOff
-        } else {
-            self.told_off = None;
-            return Ok(());
-        };
-        if self.told_off.is_none_or(|at| at.elapsed() > TELL_EVERY) {
-            self.told_off = Some(Instant::now());
-            trace.finding(Finding {
-                wall_ns: wall_ns(),
-                kind,
-            })?;
+        }
+        let looked_at = [
+            (beat.tracer, FindingKind::TracerOff),
+            (beat.recording, FindingKind::RecordingOff),
+        ];
+        for ((is_on, kind), told) in looked_at.into_iter().zip(&mut self.told_off) {
+            if is_on {
+                *told = None;
+            } else if told.is_none_or(|at| at.elapsed() > TELL_EVERY) {
+                *told = Some(Instant::now());
+                trace.finding(Finding {
+                    wall_ns: wall_ns(),
+                    kind,
+                })?;
+            }
         }
         Ok(())
     }

@@ -244,7 +244,11 @@ mod tests {
         assert_eq!(memory().expect("a look"), before);
         // Its epoch is not used again.
         assert_eq!(
-            controller.rotate(&ram, drop, || true).expect("a key").epoch,
+            controller
+                .rotate(&ram, drop, || true)
+                .expect("a key")
+                .0
+                .epoch,
             3
         );
         assert_eq!(controller.verify(&ram).expect("a look"), []);
@@ -275,7 +279,7 @@ mod tests {
     #[test]
     fn what_the_guest_changes_while_a_key_is_noted_is_told() {
         let (_dir, ram, mut controller) = controller(4);
-        controller.rotate(&ram, drop).expect("a key");
+        controller.rotate(&ram, drop, || true).expect("a key");
         let change = |_| ram.write_u64(KEYS, 77).expect("a write");
         let (entry, found) = controller.rotate(&ram, change, || true).expect("a key");
         assert_eq!(
