@@ -4,7 +4,9 @@
 //! has a domain of its own. Nothing here is skipped: where the lab cannot be
 //! had, the tests fail. They need root; `make test` runs them.
 
+mod attack;
 mod boot;
 mod lab;
+mod pause;
 mod trace;
 mod traced;

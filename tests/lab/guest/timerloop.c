@@ -5,15 +5,17 @@
  *
  *	timerloop [-p CPU] SECONDS
  *
- * Prints, times by CLOCK_MONOTONIC in microseconds:
+ * SIGTERM ends it before its time. Prints, times by CLOCK_MONOTONIC in microseconds:
  *
  *	ticks N			how often it woke up
  *	bucket LOW HIGH N	gaps g between two wake-ups, LOW <= g < HIGH
+ *	quantile PERMILLE LENGTH	so many of the first 65536 gaps are shorter
  *	gap LENGTH at TIME	the ten longest, longest first
  *	max LENGTH
  */
 #define _GNU_SOURCE
 #include <sched.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -23,6 +25,7 @@
 #define PERIOD_NS 1000000L
 #define BUCKETS 24
 #define LONGEST 10
+#define KEPT 65536
 
 struct gap {
 	unsigned long us;
@@ -31,6 +34,22 @@ struct gap {
 
 static unsigned long buckets[BUCKETS];	/* by power of two */
 static struct gap longest[LONGEST];
+static unsigned long kept[KEPT];
+static unsigned long nr_kept;
+static volatile sig_atomic_t ended;
+
+static void on_term(int sig)
+{
+	(void)sig;
+	ended = 1;
+}
+
+static int compare(const void *a, const void *b)
+{
+	unsigned long x = *(const unsigned long *)a, y = *(const unsigned long *)b;
+
+	return (x > y) - (x < y);
+}
 
 static unsigned long microseconds(const struct timespec *t)
 {
@@ -45,6 +64,8 @@ static void note(unsigned long us, unsigned long at)
 	while (bucket < BUCKETS - 1 && us >= 2UL << bucket)
 		bucket++;
 	buckets[bucket]++;
+	if (nr_kept < KEPT)
+		kept[nr_kept++] = us;
 	while (place > 0 && us > longest[place - 1].us)
 		place--;
 	if (place == LONGEST)
@@ -75,10 +96,11 @@ int main(int argc, char **argv)
 	if (optind != argc - 1)
 		goto usage;
 
+	signal(SIGTERM, on_term);
 	clock_gettime(CLOCK_MONOTONIC, &due);
 	last = microseconds(&due);
 	end = last + strtoul(argv[optind], NULL, 10) * 1000000UL;
-	while (last < end) {
+	while (last < end && !ended) {
 		unsigned long at;
 
 		due.tv_nsec += PERIOD_NS;
@@ -102,6 +124,14 @@ int main(int argc, char **argv)
 		if (buckets[i])
 			printf("bucket %lu %lu %lu\n", i ? 1UL << i : 0,
 			       2UL << i, buckets[i]);
+	qsort(kept, nr_kept, sizeof(kept[0]), compare);
+	for (int i = 0; i < 4; i++) {
+		static const int permille[] = { 500, 900, 990, 999 };
+
+		if (nr_kept)
+			printf("quantile %d %lu\n", permille[i],
+			       kept[nr_kept * permille[i] / 1000]);
+	}
 	for (int i = 0; i < LONGEST && longest[i].us; i++)
 		printf("gap %lu at %lu\n", longest[i].us, longest[i].at);
 	printf("max %lu\n", longest[0].us);

@@ -1,0 +1,289 @@
+//! The guest is never paused, and never waits for the host.
+//!
+//! Three witnesses: QEMU's own events, the state of its threads in /proc, and a
+//! loop in the guest that wakes up a thousand times a second. Others may load
+//! the machine, so times are only compared within one run, in turns: without
+//! xftrace and with it.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::FileExt;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use nix::sys::signal::{kill, Signal};
+use nix::unistd::Pid;
+use xftrace_lab::wait_for;
+
+use crate::traced::Traced;
+
+/// Longer than anything here takes on a busy machine.
+const SOON: Duration = Duration::from_secs(60);
+/// How often QEMU's state is looked at. Being stopped and let go on again takes
+/// a tenth of that at least, so that it is met when done often.
+const LOOK_EVERY: Duration = Duration::from_millis(1);
+/// How long a turn of draining lasts.
+const TURN: Duration = Duration::from_secs(2);
+/// How many turns there are of each kind.
+const TURNS: usize = 5;
+/// How many times the switch is turned on and off, each way.
+const SWITCHES: usize = 3;
+const FUNCTIONS: [&str; 2] = ["sys_openat", "sys_read"];
+/// One reading of a time is another one's on a machine that others use too, but
+/// for this much, microseconds.
+const NOISE_US: u64 = 3_000;
+
+/// Watches a guest's QEMU until it is dropped.
+struct Watch {
+    events: Child,
+    heard: Arc<Mutex<Vec<String>>>,
+    looks: Arc<AtomicU64>,
+    stopped: Arc<AtomicU64>,
+    end: Arc<AtomicBool>,
+    looker: Option<JoinHandle<()>>,
+}
+
+impl Watch {
+    fn start(guest: &Traced) -> Watch {
+        let mut events = Command::new("stdbuf")
+            .args(["-oL", "virsh", "--connect", &guest.lab().uri()])
+            .args(["qemu-monitor-event", "--loop", guest.name()])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("virsh");
+        let heard = Arc::new(Mutex::new(Vec::new()));
+        let lines = BufReader::new(events.stdout.take().expect("a pipe")).lines();
+        let to = Arc::clone(&heard);
+        std::thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                to.lock().expect("a list").push(line);
+            }
+        });
+
+        let qemu = guest.qemu_pid().unwrap();
+        let threads: Vec<File> = std::fs::read_dir(format!("/proc/{qemu}/task"))
+            .expect("QEMU's threads")
+            .map(|thread| File::open(thread.expect("a thread").path().join("stat")))
+            .map(|file| file.expect("its state"))
+            .collect();
+        let looks = Arc::new(AtomicU64::new(0));
+        let stopped = Arc::new(AtomicU64::new(0));
+        let end = Arc::new(AtomicBool::new(false));
+        let shared = (Arc::clone(&looks), Arc::clone(&stopped), Arc::clone(&end));
+        let looker = std::thread::spawn(move || {
+            let (looks, stopped, end) = shared;
+            while !end.load(Ordering::Relaxed) {
+                let halted = threads.iter().filter(|thread| is_stopped(thread)).count();
+                stopped.fetch_add(halted as u64, Ordering::Relaxed);
+                looks.fetch_add(1, Ordering::Relaxed);
+                std::thread::sleep(LOOK_EVERY);
+            }
+        });
+        Watch {
+            events,
+            heard,
+            looks,
+            stopped,
+            end,
+            looker: Some(looker),
+        }
+    }
+
+    /// STOP and RESUME among QEMU's events so far.
+    fn events(&self) -> Vec<String> {
+        let heard = self.heard.lock().expect("a list");
+        let pause = |line: &&String| line.contains("event STOP") || line.contains("event RESUME");
+        heard.iter().filter(pause).cloned().collect()
+    }
+
+    /// How often one of QEMU's threads was found stopped, by a signal or by
+    /// a debugger.
+    fn stopped(&self) -> u64 {
+        self.stopped.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.end.store(true, Ordering::Relaxed);
+        if let Some(looker) = self.looker.take() {
+            let _ = looker.join();
+        }
+        let _ = self.events.kill();
+        let _ = self.events.wait();
+    }
+}
+
+/// Whether a thread's stat says T or t. One that has ended is not stopped.
+fn is_stopped(stat: &File) -> bool {
+    let mut text = [0; 256];
+    let Ok(read) = stat.read_at(&mut text, 0) else {
+        return false;
+    };
+    let text = String::from_utf8_lossy(&text[..read]);
+    // proc(5): the state comes after the name, which may hold anything.
+    let state = text.rsplit_once(") ").map(|(_, rest)| rest.as_bytes()[0]);
+    matches!(state, Some(b'T' | b't'))
+}
+
+/// What the guest's loop saw in one turn, microseconds.
+#[derive(Clone, Copy, Debug)]
+struct Gaps {
+    p50: u64,
+    p90: u64,
+    p99: u64,
+    p999: u64,
+    max: u64,
+}
+
+impl Gaps {
+    fn of(text: &str) -> Gaps {
+        let after = |words: &str| {
+            let line = text.lines().find_map(|line| line.strip_prefix(words));
+            let number = line.unwrap_or_else(|| panic!("no {words} in:\n{text}"));
+            number.parse().expect("a number")
+        };
+        Gaps {
+            p50: after("quantile 500 "),
+            p90: after("quantile 900 "),
+            p99: after("quantile 990 "),
+            p999: after("quantile 999 "),
+            max: after("max "),
+        }
+    }
+}
+
+/// What the guest's loop sees while something is done.
+fn gaps_during(guest: &Traced, work: impl FnOnce()) -> Gaps {
+    let mut timer = guest.spawn("exec timerloop -p 0 300").unwrap();
+    work();
+    timer.kill(15).unwrap();
+    Gaps::of(&timer.wait(SOON).unwrap().success().unwrap())
+}
+
+/// Refuses turns with xftrace whose gaps are longer than those without. Of
+/// each number the middle one of all turns is taken: what others do to the
+/// machine meets both kinds alike, and a few turns of each not at all.
+fn compare(what: &str, without: &[Gaps], with: &[Gaps]) {
+    println!("{what}\n  without {without:?}\n  with {with:?}");
+    let middle = |turns: &[Gaps], of: fn(&Gaps) -> u64| {
+        let mut all: Vec<u64> = turns.iter().map(of).collect();
+        all.sort_unstable();
+        all[all.len() / 2]
+    };
+    let numbers: [(&str, fn(&Gaps) -> u64); 5] = [
+        ("median", |gaps| gaps.p50),
+        ("90 %", |gaps| gaps.p90),
+        ("99 %", |gaps| gaps.p99),
+        ("99.9 %", |gaps| gaps.p999),
+        ("longest", |gaps| gaps.max),
+    ];
+    for (name, number) in numbers {
+        let (without, with) = (middle(without, number), middle(with, number));
+        assert!(
+            with <= 2 * without + NOISE_US,
+            "{what}: {name} gap of {with} us with xftrace, {without} us without"
+        );
+    }
+}
+
+fn helper_pid(guest: &Traced) -> u32 {
+    let output = guest.command(&["status", "--json"]).assert().success();
+    let all: serde_json::Value = serde_json::from_slice(&output.get_output().stdout).unwrap();
+    let inside = all[0]["helper_pid"].as_u64().expect("a pid");
+    guest.lab().outer_pid(inside as u32).unwrap()
+}
+
+fn kill_helper(guest: &Traced) {
+    let pid = helper_pid(guest);
+    kill(Pid::from_raw(pid as i32), Signal::SIGKILL).unwrap();
+    wait_for(SOON, || {
+        let state = std::fs::read_to_string(format!("/proc/{pid}/stat"));
+        Ok(state
+            .map_or(true, |text| text.contains(") Z "))
+            .then_some(()))
+    })
+    .unwrap();
+}
+
+/// What the tests below rely on: a pause is seen.
+#[test]
+fn the_watch_sees_a_pause() {
+    let guest = Traced::start_alone("watched");
+    let watch = Watch::start(&guest);
+    // Until virsh listens, nothing is heard: provoke until something is.
+    wait_for(SOON, || {
+        guest.lab().virsh(&["suspend", "watched"])?;
+        guest.lab().virsh(&["resume", "watched"])?;
+        Ok((watch.events().len() >= 2).then_some(()))
+    })
+    .unwrap();
+    assert_eq!(watch.stopped(), 0, "QEMU's own pause stops no thread");
+    let qemu = Pid::from_raw(guest.qemu_pid().unwrap() as i32);
+    for _ in 0..200 {
+        kill(qemu, Signal::SIGSTOP).unwrap();
+        kill(qemu, Signal::SIGCONT).unwrap();
+        std::thread::sleep(Duration::from_millis(3));
+    }
+    assert!(watch.stopped() > 0, "200 stops, none seen");
+}
+
+#[test]
+fn the_guest_is_never_paused() {
+    let guest = Traced::start_alone("unpaused");
+    let watch = Watch::start(&guest);
+    guest.run("sleep 1").unwrap();
+    let mut work = guest
+        .spawn("while :; do read x < /proc/uptime; sleep 0.02; done")
+        .unwrap();
+
+    // On and off: the guest's kernel patches its call sites, with xftrace or
+    // without.
+    let (mut own_on, mut own_off, mut on, mut off) = (vec![], vec![], vec![], vec![]);
+    let sh = |line: &str| {
+        let line = format!("cd /sys/kernel/tracing; {line}");
+        guest.run(&line).unwrap().success().unwrap();
+    };
+    for _ in 0..SWITCHES {
+        kill_helper(&guest);
+        sh("echo __x64_sys_openat > set_graph_function");
+        sh("echo __x64_sys_read >> set_graph_function");
+        own_on.push(gaps_during(&guest, || {
+            sh("echo function_graph > current_tracer")
+        }));
+        own_off.push(gaps_during(&guest, || sh("echo nop > current_tracer")));
+        sh("echo > set_graph_function");
+        on.push(gaps_during(&guest, || {
+            guest.on(&["--interval=10ms", FUNCTIONS[0], FUNCTIONS[1]])
+        }));
+        off.push(gaps_during(&guest, || drop(guest.off())));
+    }
+    compare("switching on", &own_on, &on);
+    compare("switching off", &own_off, &off);
+
+    // Draining, and a new key every 10 ms: the guest does the same in each
+    // turn, and every other time nobody reads.
+    guest.on(&["--interval=10ms", FUNCTIONS[0], FUNCTIONS[1]]);
+    let (mut alone, mut drained) = (vec![], vec![]);
+    for _ in 0..TURNS {
+        drained.push(gaps_during(&guest, || std::thread::sleep(TURN)));
+        kill_helper(&guest);
+        alone.push(gaps_during(&guest, || std::thread::sleep(TURN)));
+        // Starts a helper, which goes on with the session.
+        guest.on(&FUNCTIONS);
+    }
+    work.kill(9).unwrap();
+    work.wait(SOON).unwrap();
+    let session = guest.off();
+    compare("draining", &alone, &drained);
+    assert_eq!(session.meta.counters.resumed, TURNS as u64);
+    assert!(session.meta.counters.records > 1000, "nothing to drain");
+
+    assert_eq!(watch.events(), [""; 0]);
+    assert_eq!(watch.stopped(), 0, "of {:?} looks", watch.looks);
+    assert!(watch.looks.load(Ordering::Relaxed) > 1000, "hardly looked");
+}
