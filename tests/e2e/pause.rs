@@ -238,14 +238,16 @@ fn the_guest_is_never_paused() {
     let watch = Watch::start(&guest);
     guest.run("sleep 1").unwrap();
     let mut work = guest
-        .spawn("while :; do read x < /proc/uptime; sleep 0.02; done")
+        .spawn("exec taskset 2 sh -c 'while :; do read x < /proc/uptime; sleep 0.02; done'")
         .unwrap();
 
     // On and off: the guest's kernel patches its call sites, with xftrace or
-    // without.
+    // without. It gives its CPU to nobody meanwhile, so that is not the loop's.
+    let pinned = guest.run("taskset -p 2 $(pidof xftrace)").unwrap();
+    pinned.success().unwrap();
     let (mut own_on, mut own_off, mut on, mut off) = (vec![], vec![], vec![], vec![]);
     let sh = |line: &str| {
-        let line = format!("cd /sys/kernel/tracing; {line}");
+        let line = format!("cd /sys/kernel/tracing; taskset 2 sh -c '{line}'");
         guest.run(&line).unwrap().success().unwrap();
     };
     for _ in 0..SWITCHES {
