@@ -5,8 +5,8 @@
 //! calls for each task, resolves addresses through [`Names`], and tells the
 //! call flow as a stream of [`Event`]s, in the order of time: calls, leaf
 //! calls, returns, task switches, interrupts, and everything that does not
-//! fit, each in its place. [`Tally`] is what they add up to; [`Edges`] is the
-//! set of pairs of caller and callee. What an event looks like on paper is
+//! fit, each in its place. [`Tally`] is what they add up to; [`Edges`]
+//! counts pairs of caller and callee. What an event looks like on paper is
 //! decided in [`output`](crate::output).
 //!
 //! A stack belongs to a task, not to a CPU: a call opened on one CPU may be

@@ -6,6 +6,7 @@
 
 mod attack;
 mod boot;
+mod edges;
 mod lab;
 mod pause;
 mod trace;

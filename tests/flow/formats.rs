@@ -1,6 +1,6 @@
 //! Single things that the formats and the counters have to get right.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use xftrace::callflow::{CutWhy, Edges, Flow, Happening, Limits, UncalledWhy};
 use xftrace::output::{Format, Sink, Text, TimeColumn, Weight};
@@ -47,16 +47,16 @@ fn edges_are_those_of_the_tree_interrupts_apart() {
         edges.note(&event);
         few.note(&event);
     }
-    let edge = |from: &str, to: &str| (from.to_owned(), to.to_owned());
-    let tasks = BTreeSet::from([
-        edge("__x64_sys_read", "ksys_read"),
-        edge("ksys_read", "vfs_read"),
-        edge("ksys_read", "getname"),
+    let edge = |from: &str, to: &str, count| ((from.to_owned(), to.to_owned()), count);
+    let tasks = BTreeMap::from([
+        edge("__x64_sys_read", "ksys_read", 3),
+        edge("ksys_read", "vfs_read", 2),
+        edge("ksys_read", "getname", 1),
     ]);
-    assert_eq!((edges.tasks(), edges.dropped()), (&tasks, 0));
+    assert_eq!((edges.tasks(), edges.dropped()), (tasks, 0));
     assert_eq!(
         edges.interrupts(),
-        &BTreeSet::from([edge("ksys_read", "tick_handle")])
+        BTreeMap::from([edge("ksys_read", "tick_handle", 1)])
     );
     assert_eq!((few.tasks().len(), few.dropped()), (2, 2));
 }
