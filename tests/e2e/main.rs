@@ -7,6 +7,7 @@
 mod attack;
 mod boot;
 mod edges;
+mod keys;
 mod lab;
 mod pause;
 mod trace;
