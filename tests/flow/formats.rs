@@ -1,6 +1,6 @@
 //! Single things that the formats and the counters have to get right.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use xftrace::callflow::{CutWhy, Edges, Flow, Happening, Limits, UncalledWhy};
 use xftrace::output::{Format, Sink, Text, TimeColumn, Weight};
