@@ -103,7 +103,7 @@ fn print(out: &mut impl Write, status: &Status) -> std::io::Result<()> {
     )?;
     writeln!(
         out,
-        "  keys     epoch {}, one each {}; {} late; {} changed by the guest",
+        "  keys     epoch {}, one each {}; {} intervals without one; {} changed by the guest",
         trace.epoch,
         humantime::format_duration(Duration::from_nanos(trace.interval_ns)),
         counters.late_keys,

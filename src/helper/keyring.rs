@@ -26,7 +26,7 @@ pub(super) struct Shared {
     found: Mutex<Vec<(u64, Tamper)>>,
     /// Why no key could be handed out, since the last one was.
     trouble: Mutex<Option<String>>,
-    /// Keys that came later than their interval.
+    /// Intervals that passed without a key of their own.
     late: AtomicU64,
     /// The guest's control block; none while the guest is down.
     target: Mutex<Option<(Control, bool)>>,
@@ -43,13 +43,15 @@ pub(super) struct KeyThread {
 
 impl KeyThread {
     /// Hands out a first key at once and the others at `interval`, to the
-    /// guest with this control block.
+    /// guest with this control block, and goes on counting from `late`
+    /// intervals that had none.
     ///
     /// # Errors
     /// If the first key cannot be handed out.
     pub(super) fn start(
         klog: Klog,
         history: KeyHistory,
+        late: u64,
         interval: Duration,
         control: Control,
         ram: Arc<dyn GuestRam>,
@@ -60,7 +62,7 @@ impl KeyThread {
             history: RwLock::new(history),
             found: Mutex::default(),
             trouble: Mutex::default(),
-            late: AtomicU64::new(0),
+            late: AtomicU64::new(late),
             target: Mutex::new(Some((control, false))),
             stop: AtomicBool::new(false),
             wake: (Mutex::new(()), Condvar::new()),
@@ -106,7 +108,7 @@ impl KeyThread {
         lock(&self.shared.trouble).take()
     }
 
-    /// Keys that came later than their interval, so far.
+    /// Intervals that passed without a key of their own, so far.
     pub(super) fn late(&self) -> u64 {
         self.shared.late.load(Ordering::Relaxed)
     }
@@ -176,8 +178,9 @@ impl Shared {
             if now < due && !new {
                 continue;
             }
-            if now > due + interval {
-                self.late.fetch_add(1, Ordering::Relaxed);
+            let behind = now.saturating_duration_since(due).as_nanos() / interval.as_nanos().max(1);
+            if behind > 0 {
+                self.late.fetch_add(behind as u64, Ordering::Relaxed);
                 due = now;
             }
             match self.rotate(&mut keys, ram, || liveness.is_fresh(ram, &control)) {

@@ -77,6 +77,7 @@ impl Trace {
         let keys = KeyThread::start(
             klog,
             KeyHistory::default(),
+            0,
             interval,
             guest.control,
             Arc::clone(&ram),
@@ -101,6 +102,7 @@ impl Trace {
         let keys = KeyThread::start(
             klog,
             history,
+            writer.meta.counters.late_keys,
             Duration::from_nanos(writer.meta.interval_ns),
             guest.control,
             Arc::clone(&ram),

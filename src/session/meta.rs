@@ -150,8 +150,8 @@ pub struct Counters {
     pub tampered: u64,
     /// Times a helper took the session over from one that had gone.
     pub resumed: u64,
-    /// Keys that were handed out late, since the last one was not on disk in
-    /// time.
+    /// Key intervals that passed without a key of their own, since the disk,
+    /// the host or the guest's heart was slow: the key before lasted on.
     pub late_keys: u64,
 }
 
