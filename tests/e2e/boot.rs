@@ -123,3 +123,21 @@ fn xftrace_runs_inside_the_lab() {
     let names = String::from_utf8(output.stdout).unwrap();
     assert!(names.lines().any(|name| name == "inside"), "{names}");
 }
+
+/// Each question costs half a second, and each domain that is defined or
+/// started would ask ten times, if libvirt took its answers for outdated.
+#[test]
+fn libvirt_does_not_ask_qemu_again_what_it_can_do() {
+    let guest = TestGuest::define(&Domain::new("asks once"));
+    let answers = || {
+        let ls = "ls -l --time-style=full-iso /var/cache/libvirt/qemu/capabilities";
+        let mut shell = guest.lab().command("/".as_ref(), "sh").unwrap();
+        let output = shell.args(["-c", ls]).output().unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let before = answers();
+    assert!(before.contains(".xml"), "no answers are kept: {before}");
+    guest.start_only().unwrap();
+    guest.destroy().unwrap();
+    assert_eq!(answers(), before);
+}
