@@ -30,10 +30,7 @@ pub(super) fn ask(
     line.patience(Some(PATIENCE))?;
     line.send(request).context("asking the domain's helper")?;
     loop {
-        let reply = line
-            .receive::<Reply>()
-            .context("waiting for the domain's helper")?;
-        match reply {
+        match receive(&mut line, domain)? {
             Some(Reply::Progress { text }) => out::message(&text),
             Some(Reply::Error { text }) => bail!("domain '{}': {text}", name(domain)),
             Some(reply) => return Ok(reply),
@@ -43,6 +40,21 @@ pub(super) fn ask(
             ),
         }
     }
+}
+
+/// Receives a reply of a domain's helper; `None` where that has ended.
+pub(super) fn receive(line: &mut Line, domain: &DomainXml) -> anyhow::Result<Option<Reply>> {
+    line.receive().map_err(|error| match error.kind() {
+        // What a read that timed out gives, socket(7).
+        io::ErrorKind::WouldBlock => anyhow!(
+            "the helper of domain '{}' does not answer: it is stopped, or hangs. The domain is \
+             not concerned. Type `pkill -KILL -f 'xftrace.* helper --uuid {}'`; the next \
+             `xftrace on` starts another helper, which goes on with the trace",
+            name(domain),
+            domain.uuid
+        ),
+        _ => anyhow!(error).context("waiting for the domain's helper"),
+    })
 }
 
 /// Connects to a domain's helper, if one runs.

@@ -30,7 +30,7 @@ pub(super) fn run(context: &Context, args: &StatusArgs) -> anyhow::Result<Exit> 
         };
         line.patience(Some(Duration::from_secs(5)))?;
         line.send(&Request::Status)?;
-        match line.receive()? {
+        match client::receive(&mut line, domain)? {
             Some(Reply::Status(status)) => all.push(*status),
             _ => anyhow::bail!(
                 "the helper of domain '{}' gave no status",

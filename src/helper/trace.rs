@@ -113,11 +113,19 @@ impl Trace {
         match last.filter(|boot| boot.boot_id == guest.control.ident.boot_id) {
             Some(boot) => {
                 let mut decoder = Decoder::new(boot.types, boot.number);
-                decoder.join_late();
                 let mut reader = reader(guest, 0);
-                for (cpu, page_time, offset) in trace.writer.positions()? {
-                    reader.resume(cpu, page_time, offset);
+                let code = GuestCode {
+                    symbols: &guest.symbols,
+                    slide: guest.kernel.slide,
+                };
+                let history = trace.keys.shared.history.read();
+                let history = history.unwrap_or_else(PoisonError::into_inner);
+                for chunk in trace.writer.last_chunks()? {
+                    let end = chunk.offset + chunk.bytes.len() as u32;
+                    reader.resume(chunk.cpu, chunk.page_time, end);
+                    decoder.resume_after(&chunk, &history, &code);
                 }
+                drop(history);
                 trace.live = Some(Live {
                     guest: guest.clone(),
                     reader,

@@ -40,7 +40,6 @@ pub trait CodeMap {
 pub struct Decoder {
     types: RecordTypes,
     boot: u32,
-    late: bool,
     cpus: Vec<Stream>,
 }
 
@@ -51,7 +50,7 @@ struct Stream {
     next_seq: u64,
     epoch: u64,
     gap: Option<Gap>,
-    /// No record of this CPU was seen yet, and the first has any number.
+    /// The next record may have any number.
     late: bool,
 }
 
@@ -62,15 +61,25 @@ impl Decoder {
         Self {
             types,
             boot,
-            late: false,
             cpus: Vec::new(),
         }
     }
 
-    /// Takes the first record of each CPU as it comes, whatever its number:
-    /// the chunks before it were decoded elsewhere.
-    pub fn join_late(&mut self) {
-        self.late = true;
+    /// Goes on behind a CPU's chunk that was decoded elsewhere, and all before
+    /// it: from its last record on, running numbers tell what is missing.
+    pub fn resume_after(&mut self, chunk: &Chunk, keys: &KeyHistory, code: &dyn CodeMap) {
+        if let Some(stream) = self.stream(chunk.cpu) {
+            stream.late = true;
+        }
+        self.chunk(chunk, keys, code, &mut |_| ());
+    }
+
+    fn stream(&mut self, cpu: u16) -> Option<&mut Stream> {
+        let index = usize::from(cpu);
+        if self.cpus.len() <= index {
+            self.cpus.resize(index + 1, Stream::default());
+        }
+        self.cpus.get_mut(index)
     }
 
     /// Decodes one chunk. Items come in the order in which the guest wrote
@@ -82,19 +91,11 @@ impl Decoder {
         code: &dyn CodeMap,
         sink: &mut dyn FnMut(Item),
     ) {
-        let index = usize::from(chunk.cpu);
-        if self.cpus.len() <= index {
-            let fresh = Stream {
-                late: self.late,
-                ..Stream::default()
-            };
-            self.cpus.resize(index + 1, fresh);
-        }
-        let Some(stream) = self.cpus.get_mut(index) else {
+        let (types, boot, cpu) = (self.types, self.boot, chunk.cpu);
+        let Some(stream) = self.stream(chunk.cpu) else {
             return;
         };
         stream.gap = chunk.gap.or(stream.gap);
-        let (boot, cpu) = (self.boot, chunk.cpu);
         // On in the middle of a page only where its beginning was seen.
         let clock = match stream.page {
             Some((time, end, clock)) if (time, end) == (chunk.page_time, chunk.offset) => clock,
@@ -106,7 +107,7 @@ impl Decoder {
             let what = match event {
                 Ok(event) => {
                     time = event.time;
-                    stream.record(self.types, event.payload, keys, code, &mut |lost| {
+                    stream.record(types, event.payload, keys, code, &mut |lost| {
                         sink(Item {
                             cpu,
                             boot,
@@ -545,7 +546,8 @@ mod tests {
     #[test]
     fn numbers_wrap() {
         let mut decoder = Decoder::new(TYPES, 1);
-        decoder.join_late();
+        let before = chunk(&[good(1, u32::MAX - 1, 1)], None);
+        decoder.resume_after(&before, &keys(1), &Code);
         let records = [good(1, u32::MAX, 1), good(1, 0, 1), good(1, 1, 1)];
         let items = decode(&mut decoder, &chunk(&records, None), &keys(1));
         assert!(matches!(
@@ -555,11 +557,26 @@ mod tests {
     }
 
     #[test]
-    fn joining_late_takes_the_first_number_as_it_is() {
+    fn what_is_missing_after_a_chunk_decoded_elsewhere_is_counted() {
         let mut decoder = Decoder::new(TYPES, 1);
-        decoder.join_late();
-        let items = decode(&mut decoder, &chunk(&[good(1, 500, 1)], None), &keys(1));
-        assert!(matches!(items[..], [What::Call(_)]));
+        let before = chunk(&[good(1, 500, 1), good(1, 501, 1)], None);
+        decoder.resume_after(&before, &keys(1), &Code);
+        let after = chunk(&[good(1, 510, 1)], Some(Gap::HelperAbsent));
+        let items = decode(&mut decoder, &after, &keys(1));
+        let lost = Lost {
+            records: Some(8),
+            why: LostWhy::HelperAbsent,
+        };
+        assert!(matches!(items[..], [What::Lost(found), What::Call(_)] if found == lost));
+        // A CPU that left nothing had recorded nothing, or it is lost.
+        let mut other = chunk(&[good(1, 3, 1)], None);
+        other.cpu = 2;
+        let items = decode(&mut decoder, &other, &keys(1));
+        let lost = Lost {
+            records: Some(3),
+            why: LostWhy::Overrun,
+        };
+        assert_eq!(items[0], What::Lost(lost), "{items:?}");
     }
 
     proptest! {

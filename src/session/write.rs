@@ -91,31 +91,27 @@ impl SessionWriter {
         self.size
     }
 
-    /// Where reading stopped in the newest boot: for each CPU that left
-    /// something, the page's time stamp and how far it was read.
+    /// Where reading stopped in the newest boot: the last chunk of each CPU
+    /// that left something.
     ///
     /// # Errors
     /// If a file cannot be read.
-    pub fn positions(&self) -> Result<Vec<(u16, u64, u32)>, SessionError> {
+    pub fn last_chunks(&self) -> Result<Vec<Chunk>, SessionError> {
         let Some(boot) = self.meta.boots.last() else {
             return Ok(Vec::new());
         };
-        let mut positions = Vec::new();
+        let mut all = Vec::new();
         for cpu in 0..boot.nr_cpus.min(u32::from(u16::MAX)) as u16 {
             let Some(mut chunks) = ChunkReader::open(&self.dir, boot.number, cpu)? else {
                 continue;
             };
             let mut last = None;
             while let Some(chunk) = chunks.next_chunk()? {
-                last = Some((
-                    cpu,
-                    chunk.page_time,
-                    chunk.offset + chunk.bytes.len() as u32,
-                ));
+                last = Some(chunk);
             }
-            positions.extend(last);
+            all.extend(last);
         }
-        Ok(positions)
+        Ok(all)
     }
 
     /// Begins the next boot: its chunks go to files of their own.
