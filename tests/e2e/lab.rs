@@ -10,13 +10,20 @@ use xftrace_lab::{Domain, Guest, Lab, Options};
 /// How long an xftrace command may take before it counts as hung.
 const XFTRACE_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// In the lab's xftrace.toml. There is no syslog in the lab.
+const CONFIG: &str = "\
+auto_enroll = [\"by-name-*\"]
+log.target = \"/var/log/libvirt/xftrace.log\"
+log.level = \"debug\"
+";
+
 /// Started by the first test that asks. A static is never dropped: the lab ends
 /// with this process, its owner.
 static LAB: LazyLock<Lab> = LazyLock::new(|| {
     Lab::start(&Options {
         xftrace: Some(env!("CARGO_BIN_EXE_xftrace").into()),
         owner: Some(std::process::id()),
-        ..Options::default()
+        config: CONFIG.to_owned(),
     })
     .unwrap_or_else(|error| panic!("the lab did not start: {error:#}"))
 });
@@ -70,6 +77,24 @@ impl TestGuest {
     /// The kernel it boots, see [`Domain::kernel`].
     pub(crate) fn kernel(&self) -> &str {
         &self.kernel
+    }
+
+    /// Defines a domain by its XML. Others may run at the same time.
+    pub(crate) fn define_xml(name: &str, xml: &str) -> TestGuest {
+        let guard = TURN.read().unwrap_or_else(PoisonError::into_inner);
+        let guest = LAB
+            .define_xml(name, xml)
+            .unwrap_or_else(|error| panic!("cannot define '{name}': {error:#}"));
+        TestGuest {
+            guest,
+            kernel: String::new(),
+            _turn: Turn::Shared { _guard: guard },
+        }
+    }
+
+    /// What the hook and the helpers of all domains have logged.
+    pub(crate) fn log(&self) -> String {
+        std::fs::read_to_string(LAB.dir().join("log/xftrace.log")).unwrap_or_default()
     }
 
     /// The lab it runs in.

@@ -7,8 +7,12 @@
 mod attack;
 mod boot;
 mod edges;
+mod enrolment;
+mod hook;
 mod keys;
 mod lab;
+mod lifecycle;
 mod pause;
+mod refusals;
 mod trace;
 mod traced;

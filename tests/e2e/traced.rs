@@ -27,14 +27,27 @@ impl Traced {
     /// Enrols a domain that is defined, with the symbols of its kernel,
     /// and starts it.
     pub(crate) fn start(guest: TestGuest) -> Traced {
+        Traced::start_with(guest, &[])
+    }
+
+    /// The same with more options for `xftrace enroll`.
+    pub(crate) fn start_with(guest: TestGuest, options: &[&str]) -> Traced {
         let dir = tempfile::tempdir().expect("a directory");
         let artifacts = guest.lab().artifacts(guest.kernel());
         guest
             .xftrace(dir.path())
             .args(["enroll", guest.name(), "--symbols"])
             .arg(artifacts.expect("a kernel").system_map)
+            .args(options)
             .assert()
             .success();
+        guest.start().unwrap();
+        Traced { guest, dir }
+    }
+
+    /// Starts a domain that is enrolled without our doing.
+    pub(crate) fn adopt(guest: TestGuest) -> Traced {
+        let dir = tempfile::tempdir().expect("a directory");
         guest.start().unwrap();
         Traced { guest, dir }
     }

@@ -366,10 +366,20 @@ impl Lab {
             console: &guest.console_path(),
             agent: &guest.agent_path(),
         })?;
-        let path = boot.join(format!("{}.xml", domain.name));
+        self.define_xml(&domain.name, &xml)
+    }
+
+    /// Defines a domain by its XML, which names it `name`.
+    ///
+    /// # Errors
+    /// Where libvirt refuses it.
+    pub fn define_xml(&self, name: &str, xml: &str) -> Result<Guest<'_>> {
+        let boot = self.dir.join("boot");
+        std::fs::create_dir_all(&boot)?;
+        let path = boot.join(format!("{name}.xml"));
         std::fs::write(&path, xml)?;
         self.virsh(&["define", &path.to_string_lossy()])?;
-        Ok(guest)
+        Ok(self.guest(name))
     }
 
     /// A domain that is defined already.
