@@ -89,7 +89,10 @@ impl Heading {
         } = meta.counters;
         let counters = [
             ("keys and epochs that the guest changed", tampered),
-            ("key intervals that passed without a key of their own", late_keys),
+            (
+                "key intervals that passed without a key of their own",
+                late_keys,
+            ),
             ("pages that changed under each copy", torn_pages),
             (
                 "rounds in which a CPU's buffer could not be followed",

@@ -67,7 +67,7 @@ impl Traced {
     }
 
     /// The open session as `xftrace status` has it.
-    fn status(&self) -> Value {
+    fn status_json(&self) -> Value {
         let output = self.command(&["status", "--json"]).assert().success();
         let all: Value = serde_json::from_slice(&output.get_output().stdout).unwrap();
         all[0]["trace"].clone()
@@ -75,7 +75,7 @@ impl Traced {
 
     fn wait_for_epoch(&self, epoch: u64) {
         wait_for(SOON, || {
-            Ok((self.status()["epoch"].as_u64() >= Some(epoch)).then_some(()))
+            Ok((self.status_json()["epoch"].as_u64() >= Some(epoch)).then_some(()))
         })
         .unwrap();
     }
@@ -132,7 +132,7 @@ fn a_record_made_without_the_key_is_told_with_its_reason() {
     let output = genuine.wait(SOON).unwrap().success().unwrap();
     let made = 2 * FORGERIES.len() as u64;
     wait_for(SOON, || {
-        Ok((guest.status()["counters"]["forged"].as_u64() >= Some(made)).then_some(()))
+        Ok((guest.status_json()["counters"]["forged"].as_u64() >= Some(made)).then_some(()))
     })
     .unwrap();
     let status = guest.command(&["status"]).assert().success();
@@ -210,7 +210,7 @@ fn a_changed_key_is_noticed_within_an_interval_and_put_right() {
     for (done, what) in ["now", "past", "epoch", "back"].into_iter().enumerate() {
         guest.load(0, "xf_key", &format!("what={what}"), &symbols);
         wait_for(SOON, || {
-            let noticed = guest.status()["counters"]["tampered"].as_u64();
+            let noticed = guest.status_json()["counters"]["tampered"].as_u64();
             Ok((noticed > Some(done as u64)).then_some(()))
         })
         .unwrap();
@@ -221,7 +221,7 @@ fn a_changed_key_is_noticed_within_an_interval_and_put_right() {
     assert!(status.contains("; 4 changed by the guest"), "{status}");
 
     // Each was put right: what is recorded now decodes.
-    let forged = || guest.status()["counters"]["forged"].as_u64().unwrap();
+    let forged = || guest.status_json()["counters"]["forged"].as_u64().unwrap();
     let wrong = forged();
     let output = guest.sh(&format!("rwloop {LOOPS}"));
     let session = guest.off();
