@@ -15,6 +15,7 @@
 pub mod callflow;
 pub mod cli;
 pub mod config;
+pub mod follow;
 pub mod helper;
 pub mod kernel;
 pub mod keys;

@@ -1,5 +1,6 @@
 //! [`Names`] from symbol files: each boot with its kernel's symbols and slide.
 
+use std::cell::RefCell;
 use std::ops::Range;
 
 use super::names::{Kind, Name, Names};
@@ -11,10 +12,11 @@ use crate::session::Session;
 /// image may lie in the lower part.
 const MODULES: Range<u64> = 0xffff_ffff_a000_0000..0xffff_ffff_ff00_0000;
 
-/// The kernels of a guest's boots.
+/// The kernels of a guest's boots. More can be added while it is in use, for
+/// who follows a guest that may boot again.
 #[derive(Clone, Debug, Default)]
 pub struct Kernels<'a> {
-    boots: Vec<(u32, Running<'a>)>,
+    boots: RefCell<Vec<(u32, Running<'a>)>>,
 }
 
 /// A kernel as it ran in one boot.
@@ -31,22 +33,24 @@ impl<'a> Kernels<'a> {
     /// For each boot: its number, the symbols of its kernel, and its slide
     /// (run-time minus link-time address, wrapping).
     pub fn new(boots: impl IntoIterator<Item = (u32, &'a Symbols, u64)>) -> Self {
-        let running = |(boot, symbols, slide): (u32, &'a Symbols, u64)| {
-            let bound = |name, otherwise: Gva| symbols.address(name).unwrap_or(otherwise).0;
-            let text = symbols.text();
-            let image = (bound("_text", text.start), bound("_end", text.end));
-            (
-                boot,
-                Running {
-                    symbols,
-                    slide,
-                    image,
-                },
-            )
-        };
-        Self {
-            boots: boots.into_iter().map(running).collect(),
+        let kernels = Self::default();
+        for (boot, symbols, slide) in boots {
+            kernels.add(boot, symbols, slide);
         }
+        kernels
+    }
+
+    /// Adds a boot.
+    pub fn add(&self, boot: u32, symbols: &'a Symbols, slide: u64) {
+        let bound = |name, otherwise: Gva| symbols.address(name).unwrap_or(otherwise).0;
+        let text = symbols.text();
+        let image = (bound("_text", text.start), bound("_end", text.end));
+        let running = Running {
+            symbols,
+            slide,
+            image,
+        };
+        self.boots.borrow_mut().push((boot, running));
     }
 
     /// Those of a session.
@@ -58,7 +62,9 @@ impl<'a> Kernels<'a> {
 
 impl Names for Kernels<'_> {
     fn function(&self, boot: u32, runtime: Gva) -> Name<'_> {
-        let known = self.boots.iter().find(|(number, _)| *number == boot);
+        let boots = self.boots.borrow();
+        let known = boots.iter().find(|(number, _)| *number == boot).copied();
+        drop(boots);
         let outside = if MODULES.contains(&runtime.0) {
             Kind::Module
         } else {

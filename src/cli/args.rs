@@ -376,17 +376,39 @@ pub enum Clock {
 
 /// Show the call flow as it happens
 ///
-/// Follows the trace that runs until it is stopped or until Ctrl-C, which
-/// leaves the trace on.
+/// Follows the trace that is on, from its beginning, until it ends or until
+/// Ctrl-C, which leaves the trace on. What the guest records shows within a
+/// second, unless the host or the reader of the output is slower than the
+/// guest. Calls stand in the order of their times, and losses in their place,
+/// as in trace_graph.txt.
 #[derive(Debug, Clone, Args)]
 #[command(after_long_help = "\
 Examples:
   xftrace follow
-  xftrace follow -d web1 | grep FORGED")]
+  xftrace follow -d web1 | grep FORGED
+  xftrace follow --format json | grep lost
+  xftrace follow | head -100")]
 pub struct FollowArgs {
     /// Which domain.
     #[command(flatten)]
     pub domain: DomainOption,
+
+    /// The format of what is written
+    #[arg(long, value_enum, value_name = "FORMAT", default_value_t = FollowFormat::Text)]
+    pub format: FollowFormat,
+
+    /// Whose clock the times are in, in the text format
+    #[arg(long, value_enum, value_name = "CLOCK", default_value_t = Clock::Host)]
+    pub clock: Clock,
+}
+
+/// The formats that `follow` writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum FollowFormat {
+    /// The call flow as in trace_graph.txt, without its head
+    Text,
+    /// One JSON object a line for each call and each mark
+    Json,
 }
 
 /// Say what is missing for a domain to be traced, and how to mend it

@@ -10,15 +10,14 @@ use crate::ring::record::What;
 use crate::ring::{Chunk, Decoder, Drained, Gap, RingError, RingReader};
 use crate::session::{
     Boot, EndReason, Finding, FindingKind, GuestCode, Meta, SessionError, SessionWriter, State,
-    SwitchChange, FINDINGS_FILE, KLOG_FILE,
+    SwitchChange, FINDINGS_FILE, FLUSH_EVERY, KLOG_FILE,
 };
 
 use super::keyring::KeyThread;
 use super::ratelimit::{RateLimit, Verdict};
 use super::watch::{wall_ns, Guest, Watch};
 
-/// How often `session.json` is brought up to date, and the ring files handed
-/// to the operating system.
+/// How often `session.json` is brought up to date.
 const SAVE_EVERY: Duration = Duration::from_secs(1);
 /// A heart silent for longer may mean a reset: what is read meanwhile is held
 /// back until it is known.
@@ -49,6 +48,8 @@ pub(super) struct Trace {
     held: Vec<Chunk>,
     held_bytes: usize,
     saved: Instant,
+    /// When what was buffered last went to the files.
+    flushed: Instant,
     forged_told: u64,
     store_failed: bool,
     said: RateLimit,
@@ -146,6 +147,7 @@ impl Trace {
             held: Vec::new(),
             held_bytes: 0,
             saved: Instant::now(),
+            flushed: Instant::now(),
             forged_told: 0,
             store_failed: false,
             said: RateLimit::new(10, Duration::from_secs(60)),
@@ -259,11 +261,14 @@ impl Trace {
         drop(history);
         if let Err(error) = self.writer.append(chunk) {
             live.reader.note_gap(chunk.cpu, Gap::DiskFull);
-            if !std::mem::replace(&mut self.store_failed, true) {
-                log::error!(
-                    "{error}; what cannot be stored is lost to the trace, not to the guest"
-                );
-            }
+            self.cannot_store(&error);
+        }
+    }
+
+    /// Says so once: a disk that is full stays full for a while.
+    fn cannot_store(&mut self, error: &SessionError) {
+        if !std::mem::replace(&mut self.store_failed, true) {
+            log::error!("{error}; what cannot be stored is lost to the trace, not to the guest");
         }
     }
 
@@ -276,6 +281,12 @@ impl Trace {
                 wall_ns,
                 kind: FindingKind::KeyChanged(tamper),
             })?;
+        }
+        if self.flushed.elapsed() >= FLUSH_EVERY {
+            self.flushed = Instant::now();
+            if let Err(error) = self.writer.flush() {
+                self.cannot_store(&error);
+            }
         }
         if self.saved.elapsed() < SAVE_EVERY {
             return Ok(());
@@ -292,9 +303,6 @@ impl Trace {
         }
         if let Some(trouble) = self.keys.take_trouble() {
             log::error!("no new key could be handed out: {trouble}; the last one stays in use");
-        }
-        if let Err(error) = self.writer.flush() {
-            log::error!("{error}");
         }
         self.note_clocks(watch);
         self.writer.meta.counters.late_keys = self.keys.late();

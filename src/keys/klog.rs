@@ -188,46 +188,98 @@ impl Klog {
 
 /// The history in a file, and how many of its bytes are whole lines.
 fn read(path: &Path) -> Result<(KeyHistory, u64), KlogError> {
-    let io = |cause| KlogError::Io {
-        action: "read",
-        path: path.to_owned(),
-        cause,
-    };
-    let mut reader = BufReader::new(File::open(path).map_err(io)?);
-    let mut history = KeyHistory::default();
-    let mut good_bytes = 0;
-    for number in 1.. {
-        let mut line = String::new();
-        let damaged = |what| KlogError::Damaged {
+    let mut reader = KlogReader::open(path)?;
+    reader.read_on()?;
+    Ok((reader.keys, reader.good_bytes))
+}
+
+/// Reads a Klog that may still grow.
+#[derive(Debug)]
+pub struct KlogReader {
+    path: PathBuf,
+    file: BufReader<File>,
+    /// Lines read so far.
+    lines: usize,
+    /// How many bytes from the start are whole lines.
+    good_bytes: u64,
+    keys: KeyHistory,
+}
+
+impl KlogReader {
+    /// Opens a Klog. Nothing of it is read yet.
+    ///
+    /// # Errors
+    /// If the file cannot be opened.
+    pub fn open(path: &Path) -> Result<Self, KlogError> {
+        let file = File::open(path).map_err(|cause| KlogError::Io {
+            action: "read",
             path: path.to_owned(),
-            line: number,
-            what,
-        };
-        let bytes = io::Read::take(&mut reader, LINE_LIMIT)
-            .read_line(&mut line)
-            .map_err(io)?;
-        if bytes == 0 && number > 1 {
-            break;
-        }
-        let Some(text) = line.strip_suffix('\n') else {
-            if number == 1 || bytes as u64 == LINE_LIMIT {
-                return Err(damaged("this is no xftrace key log"));
-            }
-            break;
-        };
-        if number == 1 {
-            if text != HEADER {
-                return Err(damaged("this is no xftrace key log of version 1"));
-            }
-        } else {
-            let entry = parse(text).ok_or_else(|| damaged("not an epoch, a key and two times"))?;
-            if !history.push(entry) {
-                return Err(damaged("the epoch does not follow the one before it"));
-            }
-        }
-        good_bytes += bytes as u64;
+            cause,
+        })?;
+        Ok(Self {
+            path: path.to_owned(),
+            file: BufReader::new(file),
+            lines: 0,
+            good_bytes: 0,
+            keys: KeyHistory::default(),
+        })
     }
-    Ok((history, good_bytes))
+
+    /// The keys read so far.
+    pub fn keys(&self) -> &KeyHistory {
+        &self.keys
+    }
+
+    /// Reads what has come since. An unfinished last line is left for the next
+    /// time.
+    ///
+    /// # Errors
+    /// If the file cannot be read or is not a Klog.
+    pub fn read_on(&mut self) -> Result<(), KlogError> {
+        let path = &self.path;
+        let io = |cause| KlogError::Io {
+            action: "read",
+            path: path.clone(),
+            cause,
+        };
+        self.file
+            .seek(SeekFrom::Start(self.good_bytes))
+            .map_err(io)?;
+        loop {
+            let number = self.lines + 1;
+            let mut line = String::new();
+            let damaged = |what| KlogError::Damaged {
+                path: path.clone(),
+                line: number,
+                what,
+            };
+            let bytes = io::Read::take(&mut self.file, LINE_LIMIT)
+                .read_line(&mut line)
+                .map_err(io)?;
+            if bytes == 0 && number > 1 {
+                return Ok(());
+            }
+            let Some(text) = line.strip_suffix('\n') else {
+                if number == 1 || bytes as u64 == LINE_LIMIT {
+                    return Err(damaged("this is no xftrace key log"));
+                }
+                return Ok(());
+            };
+            if number == 1 {
+                if text != HEADER {
+                    return Err(damaged("this is no xftrace key log of version 1"));
+                }
+            } else {
+                let entry =
+                    parse(text).ok_or_else(|| damaged("not an epoch, a key and two times"))?;
+                if !self.keys.push(entry) {
+                    return Err(damaged("the epoch does not follow the one before it"));
+                }
+            }
+            self.lines = number;
+            self.good_bytes += bytes as u64;
+        }
+    }
 }
 
 fn parse(line: &str) -> Option<Entry> {
@@ -356,5 +408,28 @@ mod tests {
             }
         )
         .contains("12345"));
+    }
+
+    #[test]
+    fn a_reader_goes_on_where_the_last_whole_line_ended() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("klog");
+        let mut klog = Klog::create(&path).expect("a klog");
+        let mut reader = KlogReader::open(&path).expect("a reader");
+        reader.read_on().expect("no key yet");
+        assert!(reader.keys().is_empty());
+        klog.append(&entry(1)).expect("a key");
+        let half = fs::read(&path).expect("the file");
+        klog.append(&entry(2)).expect("a key");
+        let whole = fs::read(&path).expect("the file");
+        for length in half.len()..whole.len() {
+            fs::write(&path, &whole[..length]).expect("a half line");
+            reader.read_on().expect("the keys");
+            assert_eq!(reader.keys().last_epoch(), 1, "{length}");
+        }
+        fs::write(&path, &whole).expect("the whole line");
+        reader.read_on().expect("the keys");
+        assert_eq!(reader.keys().last_epoch(), 2);
+        assert_eq!(reader.keys().key(2), Some(entry(2).key));
     }
 }

@@ -19,4 +19,4 @@ mod klog;
 
 pub use controller::{KeyController, KeyError, Tamper};
 pub use history::KeyHistory;
-pub use klog::{Entry, Klog, KlogError};
+pub use klog::{Entry, Klog, KlogError, KlogReader};

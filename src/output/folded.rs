@@ -150,6 +150,10 @@ impl<W: Write> Folded<W> {
 }
 
 impl<W: Write> Sink for Folded<W> {
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
+
     fn event(&mut self, event: &Event<'_>) -> io::Result<()> {
         match &event.what {
             Happening::Open(call) => {

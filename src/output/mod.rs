@@ -46,6 +46,9 @@ pub trait Sink {
     /// Writes the next event.
     fn event(&mut self, event: &Event<'_>) -> io::Result<()>;
 
+    /// Flushes what can be written so far, for those who watch.
+    fn flush(&mut self) -> io::Result<()>;
+
     /// Writes what comes last, and flushes. `tally` is what all events add up to.
     fn finish(&mut self, tally: &Tally) -> io::Result<()>;
 }
@@ -131,6 +134,10 @@ impl Format {
 struct Nowhere;
 
 impl Sink for Nowhere {
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
     fn event(&mut self, _: &Event<'_>) -> io::Result<()> {
         Ok(())
     }

@@ -13,17 +13,19 @@
 //! The directory holds all that it takes to decode the session again, anywhere.
 //! [`SessionWriter`] is what the helper writes it with, while the guest runs;
 //! [`Session`] reads it, finished or not, and gives the decoded items of all
-//! CPUs in the order of their times. Nothing is held in memory that grows with
-//! the trace.
+//! CPUs in the order of their times; [`Follow`] does so while it grows. Nothing
+//! is held in memory that grows with the trace.
 //!
 //! This module may use `ring` and what is before it.
 
+mod follow;
 mod meta;
 mod place;
 mod read;
 mod store;
 mod write;
 
+pub use follow::{Follow, Look, HELD, SETTLE};
 pub use meta::{
     Boot, ClockPair, Counters, EndReason, Finding, FindingKind, Meta, Mode, QemuProcess, State,
     SwitchChange, META_FILE,
@@ -35,9 +37,14 @@ pub use write::SessionWriter;
 
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use crate::kernel::SymbolsError;
 use crate::keys::KlogError;
+
+/// How often the helper hands what it has buffered to the files of a session,
+/// for those who follow it.
+pub const FLUSH_EVERY: Duration = Duration::from_millis(100);
 
 /// The file in a session's directory that holds its keys.
 pub const KLOG_FILE: &str = "klog";

@@ -13,7 +13,7 @@
 //! 24  u64  when it was read, host wall clock, ns since 1970
 //! ```
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -135,6 +135,20 @@ impl ChunkReader {
         }
     }
 
+    /// As [`ChunkReader::open`], but `None` also where the file was just made
+    /// and does not yet say what it is.
+    ///
+    /// # Errors
+    /// If the file cannot be read, or is something else.
+    pub fn open_growing(dir: &Path, boot: u32, cpu: u16) -> Result<Option<Self>, SessionError> {
+        let just_made = fs::metadata(path(dir, boot, cpu))
+            .is_ok_and(|file| file.len() < FILE_MAGIC.len() as u64);
+        if just_made {
+            return Ok(None);
+        }
+        Self::open(dir, boot, cpu)
+    }
+
     fn open_path(path: &Path, cpu: u16) -> Result<Self, SessionError> {
         let mut file = BufReader::with_capacity(
             1 << 16,
@@ -158,11 +172,21 @@ impl ChunkReader {
     }
 
     /// The next chunk; `None` at the end of the file, or at a frame that is
-    /// not whole.
+    /// not whole. Where the file has grown since, the next call goes on.
     ///
     /// # Errors
     /// If the file cannot be read, or something else follows the last frame.
     pub fn next_chunk(&mut self) -> Result<Option<Chunk>, SessionError> {
+        let chunk = self.frame()?;
+        if chunk.is_none() {
+            self.file
+                .seek(SeekFrom::Start(self.good))
+                .map_err(SessionError::io("read", &self.path))?;
+        }
+        Ok(chunk)
+    }
+
+    fn frame(&mut self) -> Result<Option<Chunk>, SessionError> {
         let mut header = [0u8; HEADER];
         if !self.fill(&mut header)? {
             return Ok(None);
@@ -215,7 +239,6 @@ fn path(dir: &Path, boot: u32, cpu: u16) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs;
 
     fn chunk(page_time: u64, offset: u32, length: usize, gap: Option<Gap>) -> Chunk {
         Chunk {
@@ -282,6 +305,30 @@ mod tests {
         writer.append(&second, 5).expect("a chunk");
         writer.flush().expect("a flush");
         assert_eq!(fs::read(&path).expect("the file"), whole);
+    }
+
+    #[test]
+    fn a_reader_goes_on_when_the_file_has_grown() {
+        let dir = dir();
+        let (first, second) = (chunk(7, 0, 40, None), chunk(8, 0, 16, None));
+        let mut writer = ChunkWriter::open(dir.path(), 1, 3).expect("a writer");
+        writer.append(&first, 5).expect("a chunk");
+        writer.append(&second, 5).expect("a chunk");
+        writer.flush().expect("a flush");
+        let path = path(dir.path(), 1, 3);
+        let whole = fs::read(&path).expect("the file");
+        let before = whole.len() - HEADER - 16;
+        fs::write(&path, &whole[..before]).expect("one frame");
+        let mut reader = ChunkReader::open(dir.path(), 1, 3)
+            .expect("a file")
+            .expect("a file");
+        assert_eq!(reader.next_chunk().expect("a chunk"), Some(first));
+        for length in before..whole.len() {
+            fs::write(&path, &whole[..length]).expect("a cut file");
+            assert_eq!(reader.next_chunk().expect("no chunk yet"), None);
+        }
+        fs::write(&path, &whole).expect("the file");
+        assert_eq!(reader.next_chunk().expect("a chunk"), Some(second));
     }
 
     #[test]

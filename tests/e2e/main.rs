@@ -8,6 +8,7 @@ mod attack;
 mod boot;
 mod edges;
 mod enrolment;
+mod follow;
 mod hook;
 mod keys;
 mod lab;

@@ -39,6 +39,10 @@ impl<W: Write, C: WallClock> Json<W, C> {
 }
 
 impl<W: Write, C: WallClock> Sink for Json<W, C> {
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
+
     fn event(&mut self, event: &Event<'_>) -> io::Result<()> {
         let line = Line {
             cpu: event.cpu,

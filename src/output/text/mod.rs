@@ -331,6 +331,10 @@ impl<W: Write, C: WallClock> Text<W, C> {
 }
 
 impl<W: Write, C: WallClock> Sink for Text<W, C> {
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
+
     fn event(&mut self, event: &Event<'_>) -> io::Result<()> {
         self.line.clear();
         match &event.what {

@@ -1,0 +1,281 @@
+//! Follows a session while its helper writes it.
+//!
+//! A report can merge the CPUs by time because every file is there to its end.
+//! Here a file that has no more now may have more at any moment, with times
+//! before those that other CPUs' files already have. Nobody can wait for the
+//! slowest CPU: one without work writes nothing for hours.
+//!
+//! So items wait for a time of the host's. What the guest records is in its file
+//! at most [`SETTLE`] later (the helper drains every few milliseconds and flushes
+//! every [`FLUSH_EVERY`](super::FLUSH_EVERY); the trace clocks of a guest's CPUs
+//! differ by less than the rest). At each look the newest guest time that was
+//! seen is noted, with the moment of the look; an item goes when it is not newer
+//! than what was noted `SETTLE` ago, for by then every CPU's file had what is
+//! older. No clock of the guest is compared with the host's. Should a file be
+//! later than that all the same (a host out of breath), its items come late, and
+//! nothing is lost. Nor can a guest that makes times up hold anything back: what
+//! it claims is the newest time too, and settles as any other.
+//!
+//! A file of which more is there than is held ([`HELD`]) is not read on until
+//! there is room: whoever follows may fall behind, and costs memory for no more
+//! than that. Items that are newer than the last one held of such a file wait
+//! for what comes next in it.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap, VecDeque};
+use std::time::{Duration, Instant};
+
+use crate::keys::KlogReader;
+use crate::ring::record::Item;
+use crate::ring::Decoder;
+
+use super::store::ChunkReader;
+use super::{Boot, GuestCode, Meta, Session, SessionError, State, FLUSH_EVERY, KLOG_FILE};
+
+/// How long after it was recorded a record is in its file at the latest.
+pub const SETTLE: Duration = Duration::from_millis(250);
+/// How many items are held for all CPUs together. Each may pass this by what is
+/// in one chunk.
+pub const HELD: usize = 1 << 19;
+
+const _: () = assert!(FLUSH_EVERY.as_millis() * 2 <= SETTLE.as_millis());
+
+/// What a look at the session came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Look {
+    /// Nothing more can be given now.
+    Waiting,
+    /// There is more; look again at once.
+    More,
+    /// The session is closed and all of it was given.
+    Ended,
+}
+
+/// A session that is followed.
+#[derive(Debug)]
+pub struct Follow<'a> {
+    session: &'a Session,
+    meta: Meta,
+    keys: KlogReader,
+    /// How many items may be held.
+    room: usize,
+    /// Nobody writes the session any more, closed or not.
+    left: bool,
+    /// Which of the boots is being read.
+    boot: usize,
+    /// By CPU.
+    streams: BTreeMap<u16, Stream>,
+    /// (time, CPU) of the first item of each stream that has one.
+    heads: BinaryHeap<Reverse<(u64, u16)>>,
+    /// The newest guest time in this boot.
+    newest: Option<u64>,
+    /// When which guest time was the newest, oldest first.
+    marks: VecDeque<(Instant, u64)>,
+    /// Not newer than this may go.
+    settled: Option<u64>,
+}
+
+/// The items of one CPU.
+#[derive(Debug)]
+struct Stream {
+    chunks: ChunkReader,
+    decoder: Decoder,
+    items: VecDeque<Item>,
+    /// There may be more in the file than is held.
+    more: bool,
+}
+
+impl<'a> Follow<'a> {
+    /// Follows `session` from its beginning.
+    ///
+    /// # Errors
+    /// If its keys cannot be read.
+    pub fn new(session: &'a Session) -> Result<Self, SessionError> {
+        Ok(Self {
+            session,
+            meta: session.meta.clone(),
+            keys: KlogReader::open(&session.dir().join(KLOG_FILE))?,
+            room: HELD,
+            left: false,
+            boot: 0,
+            streams: BTreeMap::new(),
+            heads: BinaryHeap::new(),
+            newest: None,
+            marks: VecDeque::new(),
+            settled: None,
+        })
+    }
+
+    /// The same, with another limit than [`HELD`] for the items that are held.
+    #[must_use]
+    pub fn holding(self, items: usize) -> Self {
+        Self {
+            room: items,
+            ..self
+        }
+    }
+
+    /// How many items are held now.
+    pub fn held(&self) -> usize {
+        self.streams.values().map(|stream| stream.items.len()).sum()
+    }
+
+    /// What the session says of itself now. Items of a boot are given only
+    /// after it was seen here.
+    ///
+    /// # Errors
+    /// If its `session.json` cannot be read.
+    pub fn refresh(&mut self) -> Result<&Meta, SessionError> {
+        // Before the files: if it says that they are complete, they are.
+        self.meta = Meta::load(self.session.dir())?;
+        Ok(&self.meta)
+    }
+
+    /// Nobody writes the session any more, though it is not closed: what is in
+    /// its files is all there is.
+    pub fn leave(&mut self) {
+        self.left = true;
+    }
+
+    /// Reads what has come, and gives the items that have settled, in the order
+    /// of their times. `now` is the moment of the look.
+    ///
+    /// # Errors
+    /// If a file of the session cannot be read.
+    pub fn look(
+        &mut self,
+        now: Instant,
+        give: &mut impl FnMut(Item),
+    ) -> Result<Look, SessionError> {
+        let closed = self.left || self.meta.state == State::Closed;
+        let Some(boot) = self.meta.boots.get(self.boot).cloned() else {
+            return Ok(if closed { Look::Ended } else { Look::Waiting });
+        };
+        let complete = closed || self.boot + 1 < self.meta.boots.len();
+        self.open_streams(&boot)?;
+        self.read(&boot)?;
+        self.mark(now);
+        let given = self.give(complete, give);
+
+        let more = self.streams.values().any(|stream| stream.more);
+        if more || !complete {
+            // Where nothing could go, time has to pass first.
+            return Ok(if more && given > 0 {
+                Look::More
+            } else {
+                Look::Waiting
+            });
+        }
+        self.boot += 1;
+        self.streams.clear();
+        self.heads.clear();
+        self.marks.clear();
+        self.newest = None;
+        self.settled = None;
+        Ok(if self.boot < self.meta.boots.len() {
+            Look::More
+        } else if closed {
+            Look::Ended
+        } else {
+            Look::Waiting
+        })
+    }
+
+    /// A CPU's file is there from its first record on.
+    fn open_streams(&mut self, boot: &Boot) -> Result<(), SessionError> {
+        for cpu in 0..boot.nr_cpus.min(u32::from(u16::MAX)) as u16 {
+            if self.streams.contains_key(&cpu) {
+                continue;
+            }
+            if let Some(chunks) = ChunkReader::open_growing(self.session.dir(), boot.number, cpu)? {
+                let stream = Stream {
+                    chunks,
+                    decoder: Decoder::new(boot.types, boot.number),
+                    items: VecDeque::new(),
+                    more: false,
+                };
+                self.streams.insert(cpu, stream);
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads each file on, as far as there is room. Half of it is for whoever
+    /// comes first, since one CPU may have all the work; of the other half each
+    /// CPU has its share, so that none has to wait for another to give way.
+    fn read(&mut self, boot: &Boot) -> Result<(), SessionError> {
+        let half = self.room / 2;
+        let share = (half / boot.nr_cpus.max(1) as usize).max(1);
+        let mut held = self.held();
+        let code = GuestCode {
+            symbols: &self.session.symbols,
+            slide: boot.slide,
+        };
+        for (&cpu, stream) in &mut self.streams {
+            let before = stream.items.len();
+            stream.more = true;
+            while stream.items.len() < share || held < half {
+                let Some(chunk) = stream.chunks.next_chunk()? else {
+                    stream.more = false;
+                    break;
+                };
+                // After the chunk: a key is on disk before the guest has it, so
+                // what is in the chunk has its key there by now.
+                self.keys.read_on()?;
+                let (items, newest) = (&mut stream.items, &mut self.newest);
+                stream
+                    .decoder
+                    .chunk(&chunk, self.keys.keys(), &code, &mut |item| {
+                        held += 1;
+                        *newest = (*newest).max(Some(item.time));
+                        items.push_back(item);
+                    });
+            }
+            if let (0, Some(first)) = (before, stream.items.front()) {
+                self.heads.push(Reverse((first.time, cpu)));
+            }
+        }
+        Ok(())
+    }
+
+    /// Notes how far things are, and what has settled.
+    fn mark(&mut self, now: Instant) {
+        let noted = self.marks.back().map(|&(_, newest)| newest);
+        if let Some(newest) = self.newest.filter(|_| self.newest > noted.or(self.settled)) {
+            self.marks.push_back((now, newest));
+        }
+        while let Some(&(when, newest)) = self.marks.front() {
+            if now.saturating_duration_since(when) < SETTLE {
+                break;
+            }
+            self.settled = Some(newest);
+            self.marks.pop_front();
+        }
+    }
+
+    /// Gives what has settled; of a boot that is complete, all that is known to
+    /// be in order. Returns how many went.
+    fn give(&mut self, complete: bool, give: &mut impl FnMut(Item)) -> usize {
+        let mut given = 0;
+        while let Some(&Reverse((time, cpu))) = self.heads.peek() {
+            if !complete && Some(time) > self.settled {
+                break;
+            }
+            self.heads.pop();
+            let Some(stream) = self.streams.get_mut(&cpu) else {
+                continue;
+            };
+            if let Some(item) = stream.items.pop_front() {
+                give(item);
+                given += 1;
+            }
+            match stream.items.front() {
+                Some(next) => self.heads.push(Reverse((next.time, cpu))),
+                // What comes next in its file may be the next of all.
+                None if stream.more => break,
+                None => {}
+            }
+        }
+        given
+    }
+}
