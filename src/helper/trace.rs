@@ -10,7 +10,7 @@ use crate::ring::record::What;
 use crate::ring::{Chunk, Decoder, Drained, Gap, RingError, RingReader};
 use crate::session::{
     Boot, EndReason, Finding, FindingKind, GuestCode, Meta, SessionError, SessionWriter, State,
-    SwitchChange, FINDINGS_FILE, FLUSH_EVERY, KLOG_FILE,
+    SwitchChange, FINDINGS_FILE, KLOG_FILE,
 };
 
 use super::keyring::KeyThread;
@@ -48,8 +48,6 @@ pub(super) struct Trace {
     held: Vec<Chunk>,
     held_bytes: usize,
     saved: Instant,
-    /// When what was buffered last went to the files.
-    flushed: Instant,
     forged_told: u64,
     store_failed: bool,
     said: RateLimit,
@@ -147,7 +145,6 @@ impl Trace {
             held: Vec::new(),
             held_bytes: 0,
             saved: Instant::now(),
-            flushed: Instant::now(),
             forged_told: 0,
             store_failed: false,
             said: RateLimit::new(10, Duration::from_secs(60)),
@@ -220,6 +217,12 @@ impl Trace {
         for chunk in std::mem::take(&mut self.held).into_iter().chain(chunks) {
             self.take(&chunk);
         }
+        // At once: a helper that is killed takes what it still holds with it.
+        if drained.bytes > 0 {
+            if let Err(error) = self.writer.flush() {
+                self.cannot_store(&error);
+            }
+        }
         Ok(drained)
     }
 
@@ -281,12 +284,6 @@ impl Trace {
                 wall_ns,
                 kind: FindingKind::KeyChanged(tamper),
             })?;
-        }
-        if self.flushed.elapsed() >= FLUSH_EVERY {
-            self.flushed = Instant::now();
-            if let Err(error) = self.writer.flush() {
-                self.cannot_store(&error);
-            }
         }
         if self.saved.elapsed() < SAVE_EVERY {
             return Ok(());

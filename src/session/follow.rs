@@ -6,9 +6,8 @@
 //! slowest CPU: one without work writes nothing for hours.
 //!
 //! So items wait for a time of the host's. What the guest records is in its file
-//! at most [`SETTLE`] later (the helper drains every few milliseconds and flushes
-//! every [`FLUSH_EVERY`](super::FLUSH_EVERY); the trace clocks of a guest's CPUs
-//! differ by less than the rest). At each look the newest guest time that was
+//! at most [`SETTLE`] later (the helper drains every few milliseconds; the trace
+//! clocks of a guest's CPUs differ by less than the rest). At each look the newest guest time that was
 //! seen is noted, with the moment of the look; an item goes when it is not newer
 //! than what was noted `SETTLE` ago, for by then every CPU's file had what is
 //! older. No clock of the guest is compared with the host's. Should a file be
@@ -30,15 +29,13 @@ use crate::ring::record::Item;
 use crate::ring::Decoder;
 
 use super::store::ChunkReader;
-use super::{Boot, GuestCode, Meta, Session, SessionError, State, FLUSH_EVERY, KLOG_FILE};
+use super::{Boot, GuestCode, Meta, Session, SessionError, State, KLOG_FILE};
 
 /// How long after it was recorded a record is in its file at the latest.
 pub const SETTLE: Duration = Duration::from_millis(250);
 /// How many items are held for all CPUs together. Each may pass this by what is
 /// in one chunk.
 pub const HELD: usize = 1 << 19;
-
-const _: () = assert!(FLUSH_EVERY.as_millis() * 2 <= SETTLE.as_millis());
 
 /// What a look at the session came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -37,14 +37,9 @@ pub use write::SessionWriter;
 
 use std::io;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use crate::kernel::SymbolsError;
 use crate::keys::KlogError;
-
-/// How often the helper hands what it has buffered to the files of a session,
-/// for those who follow it.
-pub const FLUSH_EVERY: Duration = Duration::from_millis(100);
 
 /// The file in a session's directory that holds its keys.
 pub const KLOG_FILE: &str = "klog";

@@ -249,7 +249,10 @@ fn a_changed_key_is_noticed_within_an_interval_and_put_right() {
 
     // The guest itself measured how long each change stood.
     let mut changes = Vec::new();
-    for line in guest.sh("dmesg | grep -o 'xf_key: .*'").lines() {
+    for line in guest
+        .sh("dmesg | grep -o 'xf_key: .* was put right .*'")
+        .lines()
+    {
         let words: Vec<&str> = line.split(' ').collect();
         let [_, what, _, _, epoch, _, _, _, _, us, _] = words[..] else {
             panic!("{line}");
@@ -371,7 +374,7 @@ fn reading_tracefs_shows_nothing_and_breaks_nothing() {
     let output = guest.sh(&format!("rwloop {LOOPS}"));
     let session = guest.off();
     let tally = tally(&session);
-    assert_eq!(tally.forged.total(), 0, "forged");
+    assert_eq!(tally.forged.total(), 0, "forged: {:?}", tally.forged);
     assert_eq!(tally.other, 1, "the marker, and no other");
     assert_eq!(tally.roots_of("__x64_sys_read", Some(pid(&output))), LOOPS);
     assert_eq!(guest.alarms(), [""; 0]);
