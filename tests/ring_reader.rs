@@ -57,11 +57,14 @@ fn layout() -> RingLayout {
 
 /// The guest's side: what its kernel would store, store by store.
 struct Writer {
-    nr_pages: u64,
-    tail: u64,
+    /// The pages of the ring, in its order; the places below are places in it.
+    ring: Vec<u64>,
+    /// The page outside.
+    reader: u64,
+    tail: usize,
+    /// The oldest page that no reader of the guest has taken.
+    head: usize,
     at: u32,
-    /// The commit page lags behind the tail until the next commit.
-    committed: u64,
     time: u64,
     last_time: u64,
     seq: u32,
@@ -81,10 +84,11 @@ impl Writer {
     /// page `nr_pages` is the reader's.
     fn new(nr_pages: u64) -> Self {
         let mut writer = Self {
-            nr_pages,
+            ring: (0..nr_pages).collect(),
+            reader: nr_pages,
             tail: 0,
+            head: 0,
             at: 0,
-            committed: 0,
             time: 1_000_000,
             last_time: 0,
             seq: 0,
@@ -133,7 +137,7 @@ impl Writer {
         let length = 4 + payload.len() as u32;
         if self.at + length > ROOM {
             // rb_reset_tail(): the rest is a discarded event.
-            let at = Self::page(self.tail).0 + 16 + u64::from(self.at);
+            let at = Self::page(self.ring[self.tail]).0 + 16 + u64::from(self.at);
             let left = ROOM - self.at;
             if left > 8 {
                 self.bytes(at, (29u32 | 1 << 5).to_le_bytes().to_vec());
@@ -143,24 +147,27 @@ impl Writer {
                 self.bytes(at, 29u32.to_le_bytes().to_vec());
             }
             // rb_tail_page_update()
-            let full = (self.tail, self.at);
-            self.tail = (self.tail + 1) % self.nr_pages;
+            let full = (self.ring[self.tail], self.at);
+            self.tail = (self.tail + 1) % self.ring.len();
+            if self.tail == self.head {
+                self.head = (self.head + 1) % self.ring.len();
+            }
             self.at = 0;
-            self.word(Self::page(self.tail).0 + 8, 0);
+            self.word(Self::page(self.ring[self.tail]).0 + 8, 0);
             self.fill(payload, length);
             // rb_set_commit_to_write(): the full page first, then the pointer.
             self.word(Self::page(full.0).0 + 8, full.1.into());
-            self.committed = self.tail;
-            self.word(PER_CPU + 80, DIRECT_MAP + Self::holder(self.tail));
+            let holder = Self::holder(self.ring[self.tail]);
+            self.word(PER_CPU + 80, DIRECT_MAP + holder);
         } else {
             self.fill(payload, length);
         }
-        self.word(Self::page(self.tail).0 + 8, self.at.into());
+        self.word(Self::page(self.ring[self.tail]).0 + 8, self.at.into());
         self.seq += 1;
     }
 
     fn fill(&mut self, payload: Vec<u8>, length: u32) {
-        let page = Self::page(self.tail).0;
+        let page = Self::page(self.ring[self.tail]).0;
         let at = page + 16 + u64::from(self.at);
         let delta = if self.at == 0 {
             0
@@ -181,6 +188,25 @@ impl Writer {
         }
         self.last_time = self.time;
         self.at += length;
+    }
+
+    /// A reader in the guest takes the oldest page, and puts the one that it
+    /// had in its place: rb_get_reader_page().
+    fn take_page(&mut self) {
+        let places = self.ring.len();
+        if self.head == self.tail {
+            return;
+        }
+        let gva = |index: u64| DIRECT_MAP + Self::holder(index);
+        let before = self.ring[(self.head + places - 1) % places];
+        let after = self.ring[(self.head + 1) % places];
+        self.word(Self::page(self.reader).0 + 8, 0);
+        self.word(Self::holder(self.reader), gva(after) | 1);
+        self.word(PER_CPU + 56, gva(before));
+        self.word(Self::holder(before), gva(self.reader));
+        std::mem::swap(&mut self.ring[self.head], &mut self.reader);
+        self.word(PER_CPU + 88, gva(self.reader));
+        self.head = (self.head + 1) % places;
     }
 
     fn step(&mut self, ram: &VecRam) {
@@ -381,5 +407,49 @@ proptest! {
         let written = u64::from(writer.lock().expect("the writer").seq);
         prop_assert!(out.wrong.is_empty(), "{:?}", out.wrong.first());
         prop_assert_eq!(out.seqs.len() as u64 + out.lost, written);
+    }
+
+    /// Somebody in the guest reads the ring as well, page by page
+    /// (`trace_pipe`), while it is written and we read it.
+    #[test]
+    fn readers_in_the_guest_do_not_mix_up_the_order(
+        nr_pages in 3u64..9,
+        pace in prop::collection::vec(0u8..6, 1..30),
+        bursts in prop::collection::vec((20u32..400, 0usize..4), 4..30),
+    ) {
+        let writer = Arc::new(Mutex::new(Writer::new(nr_pages)));
+        let guest = guest(Arc::clone(&writer), pace);
+        let settle = || {
+            let mut writer = writer.lock().expect("the writer");
+            while !writer.stores.is_empty() {
+                writer.step(&guest.ram);
+            }
+        };
+        settle();
+        let mut reader = RingReader::new(kernel(), layout(), 1, 0);
+        let mut chunks = Vec::new();
+        for (records, taken) in bursts {
+            {
+                let mut writer = writer.lock().expect("the writer");
+                for part in 0..=taken {
+                    (0..records / 4).for_each(|_| writer.record(300));
+                    if part < taken {
+                        writer.take_page();
+                    }
+                }
+            }
+            for _ in 0..4 {
+                reader.drain(&guest.ram, &mut |chunk| chunks.push(chunk)).expect("a round");
+            }
+        }
+        settle();
+        for _ in 0..2 {
+            reader.drain(&guest.ram, &mut |chunk| chunks.push(chunk)).expect("a round");
+        }
+        let out = decode(&chunks);
+        let written = u64::from(writer.lock().expect("the writer").seq);
+        prop_assert!(out.wrong.is_empty(), "{:?}", out.wrong.first());
+        prop_assert_eq!(out.seqs.len() as u64 + out.lost, written);
+        prop_assert_eq!(out.seqs.last().copied(), written.checked_sub(1));
     }
 }

@@ -112,7 +112,8 @@ struct Cpu {
     buffer: Option<Gva>,
     /// In the order of the ring.
     ring: Vec<Page>,
-    /// The page that the guest's own readers have taken out of the ring.
+    /// The page that is outside the ring: what the guest's own readers have
+    /// taken out, or had when there was nothing more to take.
     reader: Option<Page>,
     listed: Option<Instant>,
     cursor: Option<Cursor>,
@@ -212,15 +213,26 @@ impl RingReader {
         sink: &mut dyn FnMut(Chunk),
         drained: &mut Drained,
     ) -> Result<(), RingError> {
-        if !self.list_pages(ram, buffers, index)? {
-            return Ok(());
-        }
-        let (Some(cpu), Ok(number)) = (self.cpus.get(index), u16::try_from(index)) else {
+        let Ok(number) = u16::try_from(index) else {
             return Ok(());
         };
-        for (page, head) in self.fresh(ram, cpu)? {
-            self.read_page(ram, number, page, head, sink, drained)?;
+        for _ in 0..TRIES {
+            if !self.list_pages(ram, buffers, index)? {
+                return Ok(());
+            }
+            let Some(cpu) = self.cpus.get(index) else {
+                return Ok(());
+            };
+            let pages = self.fresh(ram, cpu)?;
+            if !self.is_as_listed(ram, cpu)? {
+                continue;
+            }
+            for (page, head) in pages {
+                self.read_page(ram, number, page, head, sink, drained)?;
+            }
+            return Ok(());
         }
+        // A guest that reads its own buffer that fast is tried again next time.
         Ok(())
     }
 
@@ -233,7 +245,10 @@ impl RingReader {
         let commit_page = self.pointer(ram, buffer, self.layout.commit_page)?;
         // What the guest's own readers took out is older than what is left,
         // unless it is the page that is being written.
-        let reader = cpu.reader.filter(|reader| reader.holder != commit_page);
+        let outside = cpu
+            .reader
+            .filter(|reader| cpu.ring.iter().all(|page| page.data != reader.data));
+        let reader = outside.filter(|reader| reader.holder != commit_page);
         let (after, up_to) = match cpu.ring.iter().position(|page| page.holder == commit_page) {
             Some(at) => {
                 let (up_to, after) = cpu.ring.split_at(at + 1);
@@ -241,7 +256,7 @@ impl RingReader {
             }
             None => (&cpu.ring[..], &[][..]),
         };
-        let last = cpu.reader.filter(|reader| reader.holder == commit_page);
+        let last = outside.filter(|reader| reader.holder == commit_page);
         let mut pages = Vec::new();
         for page in reader.iter().chain(after).chain(up_to).chain(last.iter()) {
             let head = self.head(ram, page.data)?;
@@ -364,18 +379,24 @@ impl RingReader {
         let Some(cpu) = self.cpus.get(index) else {
             return Ok(false);
         };
-        if cpu
+        let believed = cpu
             .listed
-            .is_some_and(|listed| listed.elapsed() < PAGES_BELIEVED)
-        {
+            .is_some_and(|listed| listed.elapsed() < PAGES_BELIEVED);
+        if believed && self.is_as_listed(ram, cpu)? {
             return Ok(cpu.buffer.is_some());
         }
         let slot = Gva(buffers.0.wrapping_add(8 * index as u64));
         let buffer = Some(self.load(ram, slot)?).filter(|&at| at != 0).map(Gva);
-        let (ring, reader) = match buffer {
-            Some(buffer) => self.walk(ram, buffer)?,
-            None => (Vec::new(), None),
-        };
+        let (mut ring, mut reader) = (Vec::new(), None);
+        if let Some(buffer) = buffer {
+            for _ in 0..TRIES {
+                let (pages, outside, taking) = self.walk(ram, buffer)?;
+                (ring, reader) = (pages, Some(outside));
+                if !taking {
+                    break;
+                }
+            }
+        }
         if let Some(cpu) = self.cpus.get_mut(index) {
             cpu.buffer = buffer;
             cpu.ring = ring;
@@ -385,13 +406,23 @@ impl RingReader {
         Ok(buffer.is_some())
     }
 
+    /// Whether the guest's own readers have taken no page since the CPU's pages
+    /// were listed. To take one, they put the one that they had in its place in
+    /// the ring (rb_get_reader_page()), where it is written to again: it would
+    /// be read out of its turn. A page read as a whole is replaced by another
+    /// (ring_buffer_read_page()).
+    fn is_as_listed(&self, ram: &dyn GuestRam, cpu: &Cpu) -> Result<bool, RingError> {
+        let Some(buffer) = cpu.buffer else {
+            return Ok(true);
+        };
+        let now = self.page(ram, self.pointer(ram, buffer, self.layout.reader_page)?)?;
+        Ok(cpu.reader == Some(now))
+    }
+
     /// The pages of one CPU: those in the ring, in its order, and the
-    /// reader's.
-    fn walk(
-        &self,
-        ram: &dyn GuestRam,
-        buffer: Gva,
-    ) -> Result<(Vec<Page>, Option<Page>), RingError> {
+    /// reader's. If that is one of the former, the guest's reader is just
+    /// taking another, which is in neither place.
+    fn walk(&self, ram: &dyn GuestRam, buffer: Gva) -> Result<(Vec<Page>, Page, bool), RingError> {
         let page_size = u64::from(self.layout.page_size);
         let limit = self.load(ram, offset(buffer, self.layout.nr_pages))?;
         let limit = limit.min(ram.layout().total() / page_size) as usize;
@@ -410,7 +441,7 @@ impl RingReader {
             }
         }
         let reader = self.page(ram, self.pointer(ram, buffer, self.layout.reader_page)?)?;
-        Ok((ring, seen.insert(reader.data).then_some(reader)))
+        Ok((ring, reader, seen.contains(&reader.data)))
     }
 
     /// A `struct buffer_page` and its sub-buffer.
