@@ -175,7 +175,8 @@ fn compare(what: &str, without: &[Gaps], with: &[Gaps]) {
         all.sort_unstable();
         all[all.len() / 2]
     };
-    let numbers: [(&str, fn(&Gaps) -> u64); 5] = [
+    type Number = fn(&Gaps) -> u64;
+    let numbers: [(&str, Number); 5] = [
         ("median", |gaps| gaps.p50),
         ("90 %", |gaps| gaps.p90),
         ("99 %", |gaps| gaps.p99),
@@ -226,8 +227,9 @@ fn the_watch_sees_a_pause() {
     let qemu = Pid::from_raw(guest.qemu_pid().unwrap() as i32);
     for _ in 0..200 {
         kill(qemu, Signal::SIGSTOP).unwrap();
+        std::thread::sleep(Duration::from_millis(1));
         kill(qemu, Signal::SIGCONT).unwrap();
-        std::thread::sleep(Duration::from_millis(3));
+        std::thread::sleep(Duration::from_millis(2));
     }
     assert!(watch.stopped() > 0, "200 stops, none seen");
 }
