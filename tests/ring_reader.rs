@@ -321,6 +321,37 @@ fn a_ring_of_the_same_time_all_round_is_still_read_in_order() {
     assert_eq!(out.seqs, (0..7500).collect::<Vec<_>>());
 }
 
+#[test]
+fn a_guest_that_took_every_page_once_has_moved_them_all() {
+    // The page outside the ring is then the one that it was.
+    for pages in 3..9 {
+        let writer = Arc::new(Mutex::new(Writer::new(pages)));
+        let guest = guest(Arc::clone(&writer), Vec::new());
+        let mut reader = RingReader::new(kernel(), layout(), 1, 0);
+        let mut chunks = Vec::new();
+        for round in 0..40 {
+            let mut writer = writer.lock().expect("the writer");
+            for part in 0..=pages {
+                (0..200).for_each(|_| writer.record(300));
+                if round % 3 == 2 || part == 0 {
+                    writer.take_page();
+                }
+            }
+            while !writer.stores.is_empty() {
+                writer.step(&guest.ram);
+            }
+            drop(writer);
+            reader
+                .drain(&guest.ram, &mut |chunk| chunks.push(chunk))
+                .expect("a round");
+        }
+        let out = decode(&chunks);
+        let written = u64::from(writer.lock().expect("the writer").seq);
+        assert!(out.wrong.is_empty(), "{pages}: {:?}", out.wrong.first());
+        assert_eq!(out.seqs.len() as u64 + out.lost, written);
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 

@@ -110,14 +110,36 @@ pub struct RingReader {
 #[derive(Debug, Default)]
 struct Cpu {
     buffer: Option<Gva>,
-    /// In the order of the ring.
-    ring: Vec<Page>,
-    /// The page that is outside the ring: what the guest's own readers have
-    /// taken out, or had when there was nothing more to take.
-    reader: Option<Page>,
+    pages: Option<Pages>,
     listed: Option<Instant>,
     cursor: Option<Cursor>,
     gap: Option<Gap>,
+}
+
+/// The pages of one CPU.
+#[derive(Debug)]
+struct Pages {
+    /// In the order of the ring.
+    ring: Vec<Page>,
+    /// How the guest's own readers stood when the list was made.
+    guest: GuestReader,
+}
+
+/// What changes whenever a reader in the guest takes a page out of the ring
+/// and puts the one that it had in its place (rb_get_reader_page()), or reads
+/// a page as a whole and leaves another for it (ring_buffer_read_page()).
+///
+/// One of these alone would do only until as many pages were taken as there
+/// are: then it is what it was, and the pages have other places.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct GuestReader {
+    /// Where the list of pages begins: behind the last page that was taken.
+    first: Gva,
+    /// The page outside the ring: the one taken last, or the spare one when
+    /// there was nothing more to take.
+    page: Page,
+    /// The time of what is on it: newer once it has been round the ring.
+    time: u64,
 }
 
 /// A page of the ring.
@@ -217,14 +239,15 @@ impl RingReader {
             return Ok(());
         };
         for _ in 0..TRIES {
-            if !self.list_pages(ram, buffers, index)? {
-                return Ok(());
-            }
+            self.list_pages(ram, buffers, index)?;
             let Some(cpu) = self.cpus.get(index) else {
                 return Ok(());
             };
-            let pages = self.fresh(ram, cpu)?;
-            if !self.is_as_listed(ram, cpu)? {
+            let (Some(buffer), Some(listed)) = (cpu.buffer, &cpu.pages) else {
+                return Ok(());
+            };
+            let pages = self.fresh(ram, buffer, listed, cpu.cursor.as_ref())?;
+            if self.guest_reader(ram, buffer)? != listed.guest {
                 continue;
             }
             for (page, head) in pages {
@@ -238,25 +261,25 @@ impl RingReader {
 
     /// The pages that may have something new, oldest first, with how they
     /// looked.
-    fn fresh(&self, ram: &dyn GuestRam, cpu: &Cpu) -> Result<Vec<(Gpa, Head)>, RingError> {
-        let Some(buffer) = cpu.buffer else {
-            return Ok(Vec::new());
-        };
+    fn fresh(
+        &self,
+        ram: &dyn GuestRam,
+        buffer: Gva,
+        listed: &Pages,
+        cursor: Option<&Cursor>,
+    ) -> Result<Vec<(Gpa, Head)>, RingError> {
         let commit_page = self.pointer(ram, buffer, self.layout.commit_page)?;
+        let ring = &listed.ring[..];
         // What the guest's own readers took out is older than what is left,
         // unless it is the page that is being written.
-        let outside = cpu
-            .reader
-            .filter(|reader| cpu.ring.iter().all(|page| page.data != reader.data));
-        let reader = outside.filter(|reader| reader.holder != commit_page);
-        let (after, up_to) = match cpu.ring.iter().position(|page| page.holder == commit_page) {
-            Some(at) => {
-                let (up_to, after) = cpu.ring.split_at(at + 1);
-                (after, up_to)
-            }
-            None => (&cpu.ring[..], &[][..]),
+        let outside = Some(listed.guest.page)
+            .filter(|outside| ring.iter().all(|page| page.data != outside.data));
+        let reader = outside.filter(|outside| outside.holder != commit_page);
+        let (up_to, after) = match ring.iter().position(|page| page.holder == commit_page) {
+            Some(at) => ring.split_at(at + 1),
+            None => (&[][..], ring),
         };
-        let last = outside.filter(|reader| reader.holder == commit_page);
+        let last = outside.filter(|outside| outside.holder == commit_page);
         let mut pages = Vec::new();
         for page in reader.iter().chain(after).chain(up_to).chain(last.iter()) {
             let head = self.head(ram, page.data)?;
@@ -268,7 +291,7 @@ impl RingReader {
         // looked up stand first, though they are the newest: next time.
         let newest = pages.last().map_or(0, |(_, head)| head.time);
         pages.retain(|(_, head)| head.time <= newest);
-        let Some(cursor) = &cpu.cursor else {
+        let Some(cursor) = cursor else {
             pages.retain(|(_, head)| head.time >= self.since);
             return Ok(pages);
         };
@@ -368,65 +391,65 @@ impl RingReader {
         Ok(())
     }
 
-    /// Brings the list of a CPU's pages up to date; `false` where the CPU has
-    /// no buffer.
+    /// Brings the list of a CPU's pages up to date. There is none where the CPU
+    /// has no buffer, or the guest takes pages faster than they can be listed.
     fn list_pages(
         &mut self,
         ram: &dyn GuestRam,
         buffers: Gva,
         index: usize,
-    ) -> Result<bool, RingError> {
+    ) -> Result<(), RingError> {
         let Some(cpu) = self.cpus.get(index) else {
-            return Ok(false);
+            return Ok(());
         };
-        let believed = cpu
+        let recent = cpu
             .listed
             .is_some_and(|listed| listed.elapsed() < PAGES_BELIEVED);
-        if believed && self.is_as_listed(ram, cpu)? {
-            return Ok(cpu.buffer.is_some());
+        if recent {
+            match (cpu.buffer, &cpu.pages) {
+                (None, _) => return Ok(()),
+                (Some(buffer), Some(pages)) => {
+                    if self.guest_reader(ram, buffer)? == pages.guest {
+                        return Ok(());
+                    }
+                }
+                (Some(_), None) => {}
+            }
         }
         let slot = Gva(buffers.0.wrapping_add(8 * index as u64));
         let buffer = Some(self.load(ram, slot)?).filter(|&at| at != 0).map(Gva);
-        let (mut ring, mut reader) = (Vec::new(), None);
+        let mut pages = None;
         if let Some(buffer) = buffer {
             for _ in 0..TRIES {
-                let (pages, outside, taking) = self.walk(ram, buffer)?;
-                (ring, reader) = (pages, Some(outside));
-                if !taking {
+                let guest = self.guest_reader(ram, buffer)?;
+                let ring = self.walk(ram, buffer, guest.first)?;
+                if self.guest_reader(ram, buffer)? == guest {
+                    pages = Some(Pages { ring, guest });
                     break;
                 }
             }
         }
         if let Some(cpu) = self.cpus.get_mut(index) {
             cpu.buffer = buffer;
-            cpu.ring = ring;
-            cpu.reader = reader;
+            cpu.pages = pages;
             cpu.listed = Some(Instant::now());
         }
-        Ok(buffer.is_some())
+        Ok(())
     }
 
-    /// Whether the guest's own readers have taken no page since the CPU's pages
-    /// were listed. To take one, they put the one that they had in its place in
-    /// the ring (rb_get_reader_page()), where it is written to again: it would
-    /// be read out of its turn. A page read as a whole is replaced by another
-    /// (ring_buffer_read_page()).
-    fn is_as_listed(&self, ram: &dyn GuestRam, cpu: &Cpu) -> Result<bool, RingError> {
-        let Some(buffer) = cpu.buffer else {
-            return Ok(true);
-        };
-        let now = self.page(ram, self.pointer(ram, buffer, self.layout.reader_page)?)?;
-        Ok(cpu.reader == Some(now))
+    /// How the guest's own readers of a CPU's buffer stand.
+    fn guest_reader(&self, ram: &dyn GuestRam, buffer: Gva) -> Result<GuestReader, RingError> {
+        let first = self.pointer(ram, buffer, self.layout.pages)?;
+        let page = self.page(ram, self.pointer(ram, buffer, self.layout.reader_page)?)?;
+        let time = self.head(ram, page.data)?.time;
+        Ok(GuestReader { first, page, time })
     }
 
-    /// The pages of one CPU: those in the ring, in its order, and the
-    /// reader's. If that is one of the former, the guest's reader is just
-    /// taking another, which is in neither place.
-    fn walk(&self, ram: &dyn GuestRam, buffer: Gva) -> Result<(Vec<Page>, Page, bool), RingError> {
+    /// The pages in the ring of one CPU, in its order.
+    fn walk(&self, ram: &dyn GuestRam, buffer: Gva, first: Gva) -> Result<Vec<Page>, RingError> {
         let page_size = u64::from(self.layout.page_size);
         let limit = self.load(ram, offset(buffer, self.layout.nr_pages))?;
         let limit = limit.min(ram.layout().total() / page_size) as usize;
-        let first = self.pointer(ram, buffer, self.layout.pages)?;
         let mut seen = HashSet::new();
         let mut ring = Vec::with_capacity(limit.min(1 << 16));
         let mut node = first;
@@ -440,8 +463,7 @@ impl RingReader {
                 break;
             }
         }
-        let reader = self.page(ram, self.pointer(ram, buffer, self.layout.reader_page)?)?;
-        Ok((ring, reader, seen.contains(&reader.data)))
+        Ok(ring)
     }
 
     /// A `struct buffer_page` and its sub-buffer.
