@@ -102,7 +102,7 @@ impl Names for Kernels<'_> {
                 ..nothing
             };
         }
-        match symbols.lookup_module(runtime) {
+        match symbols.lookup_module(runtime, kernel.slide) {
             Some(found) => Name {
                 symbol: Some((found.name, found.offset)),
                 module: Some(found.module),

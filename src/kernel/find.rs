@@ -174,6 +174,46 @@ pub fn probe(ram: &dyn GuestRam, symbols: &Symbols) -> Result<Vec<Kernel>, FindE
     Ok(search(ram, symbols)?.kernels)
 }
 
+/// Whether a kernel's banner lies `offset` bytes after a place where an image
+/// may begin; that very banner, where one is given. As quick as [`probe`], and
+/// no symbols are needed: what fails this need not be looked at further.
+///
+/// # Errors
+/// If the memory layer failed.
+pub fn has_banner(ram: &dyn GuestRam, offset: u64, banner: Option<&str>) -> Result<bool, RamError> {
+    let mut at = Gpa(0);
+    let mut found = false;
+    for _ in 0..MAX_EXAMINED {
+        let Some(base) = next_candidate(ram, offset, at) else {
+            break;
+        };
+        let text = scan::read_banner(ram, Gpa(base.0.saturating_add(offset)), MAX_BANNER);
+        let is = |wanted: &str| {
+            text.as_ref()
+                .is_some_and(|there| escape(&there.text) == wanted)
+        };
+        found = banner.is_none_or(is);
+        let Some(next) = base.checked_add(STEP).filter(|_| !found) else {
+            break;
+        };
+        at = next;
+    }
+    ram.check()?;
+    Ok(found)
+}
+
+/// The banners of the kernels in memory, escaped, the likeliest first: for
+/// people, where nothing is known that fits. Takes about a second for each GiB
+/// in use.
+///
+/// # Errors
+/// If the memory layer failed.
+pub fn banners(ram: &dyn GuestRam) -> Result<Vec<String>, RamError> {
+    let scan = scan::banners(ram)?;
+    ram.check()?;
+    Ok(scan.banners)
+}
+
 /// What [`search`] found.
 struct Found {
     /// Most convincing first.
@@ -215,7 +255,7 @@ fn search(ram: &dyn GuestRam, symbols: &Symbols) -> Result<Found, FindError> {
     let mut rejected: Option<Rejected> = None;
     let mut examined = 0;
     let mut at = Gpa(0);
-    while let Some(base) = next_candidate(ram, &anchors, at) {
+    while let Some(base) = next_candidate(ram, anchors.banner, at) {
         examined += 1;
         if examined > MAX_EXAMINED || convincing.len() >= MAX_KERNELS {
             log::warn!(
@@ -242,19 +282,19 @@ fn search(ram: &dyn GuestRam, symbols: &Symbols) -> Result<Found, FindError> {
     Ok(Found { kernels, rejected })
 }
 
-/// The first multiple of 2 MiB from `at` on where the beginning of the banner
-/// lies where it should.
-fn next_candidate(ram: &dyn GuestRam, anchors: &Anchors, at: Gpa) -> Option<Gpa> {
+/// The first multiple of 2 MiB from `at` on where the beginning of a banner
+/// lies `banner` bytes further on.
+fn next_candidate(ram: &dyn GuestRam, banner: u64, at: Gpa) -> Option<Gpa> {
     let text_len = BANNER.len() as u64;
     let mut base = at.0.checked_next_multiple_of(STEP)?;
     loop {
-        let text = Gpa(base).checked_add(anchors.banner)?;
+        let text = Gpa(base).checked_add(banner)?;
         let used = ram.next_populated(text)?;
         if used > text {
             // On to the first place whose banner is not before that.
             base = used
                 .0
-                .saturating_sub(anchors.banner)
+                .saturating_sub(banner)
                 .checked_next_multiple_of(STEP)?;
             continue;
         }

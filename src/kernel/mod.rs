@@ -35,9 +35,10 @@ mod scan;
 mod symbols;
 
 pub use address::Gva;
-pub use find::{find_all, probe, Check, FindError};
+pub use find::{banners, find_all, has_banner, probe, Check, FindError};
 pub use image::Kernel;
 pub use paging::{Mapped, PageTables, WalkError};
 pub use symbols::{
-    FunctionMatch, ModuleFunction, Symbols, SymbolsError, SymbolsFault, UnknownFunction, UnknownWhy,
+    FunctionMatch, ModuleFunction, Symbols, SymbolsError, SymbolsFault, TableFault,
+    UnknownFunction, UnknownWhy,
 };

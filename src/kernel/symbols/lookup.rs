@@ -61,16 +61,20 @@ impl Symbols {
                 .is_some_and(|(name, _)| is_irq_handler(name))
     }
 
-    /// The function of a module that an address lies in, where the file (a
-    /// saved /proc/kallsyms) lists modules.
-    pub fn lookup_module(&self, address: Gva) -> Option<ModuleFunction<'_>> {
+    /// The function of a module that a runtime address lies in, where the file
+    /// (a saved /proc/kallsyms) lists modules. In a boot with another `slide`
+    /// than that of the file, if the file's is known, they lie elsewhere.
+    pub fn lookup_module(&self, address: Gva, slide: u64) -> Option<ModuleFunction<'_>> {
+        if self.modules_slide.is_some_and(|known| known != slide) {
+            return None;
+        }
         let after = self
             .modules
             .partition_point(|(s, _)| s.address <= address.0);
         let before = self.modules.get(..after)?;
         let (symbol, module) = before.iter().rev().find(|(s, _)| s.is_text())?;
         let offset = address.0 - symbol.address;
-        let module = self.text.get(module.start as usize..module.end as usize)?;
+        let module = self.part(module);
         (offset < MAX_MODULE_FUNCTION).then_some(ModuleFunction {
             name: self.name_of(symbol),
             offset,
@@ -346,7 +350,9 @@ mod tests {
             ffffffffc0000000 t ext4_read\t[ext4]\nffffffffc0000100 d ext4_data\t[ext4]\n\
             ffffffffc0100000 t nf_hook\t[nf_tables]\n";
         let symbols = Symbols::parse(text.into()).unwrap();
-        let found = symbols.lookup_module(Gva(0xffff_ffff_c000_0104)).unwrap();
+        let found = symbols
+            .lookup_module(Gva(0xffff_ffff_c000_0104), 0)
+            .unwrap();
         assert_eq!(
             found,
             ModuleFunction {
@@ -357,13 +363,13 @@ mod tests {
         );
         assert_eq!(
             symbols
-                .lookup_module(Gva(0xffff_ffff_c010_0000))
+                .lookup_module(Gva(0xffff_ffff_c010_0000), 0)
                 .unwrap()
                 .module,
             "nf_tables"
         );
-        assert_eq!(symbols.lookup_module(Gva(0xffff_ffff_c008_0000)), None);
-        assert_eq!(symbols.lookup_module(Gva(0)), None);
+        assert_eq!(symbols.lookup_module(Gva(0xffff_ffff_c008_0000), 0), None);
+        assert_eq!(symbols.lookup_module(Gva(0), 0), None);
         assert_eq!(symbols.lookup(Gva(0xffff_ffff_c000_0000)), None);
     }
 }

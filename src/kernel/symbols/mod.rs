@@ -1,4 +1,4 @@
-//! The kernel's symbols: System.map, or a saved /proc/kallsyms.
+//! The kernel's symbols, as System.map or a saved /proc/kallsyms lists them.
 //!
 //! One line a symbol: address in hex, one letter for its kind (upper case:
 //! global), name, and in kallsyms a module in brackets. The file is kept as
@@ -9,14 +9,18 @@
 //! Everything here is in link-time addresses, that is, those of the file. A
 //! saved /proc/kallsyms holds the addresses of one boot; since the finder
 //! only uses differences, the slide then comes out relative to that boot.
+//! [`Symbols::normalise`] takes the slide off. Modules lie elsewhere in each
+//! boot: theirs are runtime addresses, of the boot that the file is of.
 //!
 //! * `parse`: from bytes to [`Symbols`], and what is wrong with other files
+//! * `table`: the same as a table that loads quickly, and as a System.map again
 //! * `lookup`: from address to name
 //! * `resolve`: from what somebody typed to functions
 
 mod lookup;
 mod parse;
 mod resolve;
+mod table;
 
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
@@ -27,6 +31,7 @@ use super::Gva;
 pub use lookup::ModuleFunction;
 pub use parse::{SymbolsError, SymbolsFault};
 pub use resolve::{FunctionMatch, UnknownFunction, UnknownWhy};
+pub use table::TableFault;
 
 /// One line of the file.
 #[derive(Clone, Copy, Debug)]
@@ -66,6 +71,9 @@ pub struct Symbols {
     /// Symbols of modules, by address, and the bytes of `text` with the
     /// module's name.
     modules: Vec<(Symbol, Range<u32>)>,
+    /// The slide of the one boot in which the modules lay there, where it is
+    /// known.
+    modules_slide: Option<u64>,
     /// `_stext` to `_etext`.
     main_text: Range<Gva>,
     /// `_sinittext` to `_einittext`: freed once the kernel has started.
@@ -89,6 +97,12 @@ impl Symbols {
     /// for what kernel versions call differently.
     pub fn address_of_any(&self, names: &[&str]) -> Option<Gva> {
         names.iter().find_map(|name| self.address(name))
+    }
+
+    /// Where the kernel's banner lies in its image, in bytes from its beginning.
+    pub fn banner_offset(&self) -> Option<u64> {
+        let text = self.address("_text")?;
+        Some(self.address("linux_banner")?.wrapping_sub(text))
     }
 
     /// Where the kernel's functions lie, without those that are freed after

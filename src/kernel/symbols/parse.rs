@@ -55,8 +55,9 @@ pub enum SymbolsFault {
     Empty,
     /// Debian and Ubuntu install 83 bytes that say where the real one is.
     #[error(
-        "it is only the note that the distribution installs in its place; the real System.map is \
-         in the package {package:?}"
+        "it is only the note that the distribution installs in its place; take the kernel itself, \
+         /boot/vmlinuz-RELEASE, or its linux-image package (the real System.map is in the package \
+         {package:?})"
     )]
     Stub {
         /// The package that the note names, escaped.
@@ -144,15 +145,23 @@ impl Symbols {
         // of file nearly are.
         image.sort_by_key(|symbol| symbol.address);
         modules.sort_by_key(|(symbol, _)| symbol.address);
+        Self::indexed(text, image, modules)
+    }
 
-        let hasher = RandomState::new();
+    /// With the indices made, of symbols that are in order.
+    pub(super) fn indexed(
+        text: String,
+        image: Vec<Symbol>,
+        modules: Vec<(Symbol, Range<u32>)>,
+    ) -> Result<Self, SymbolsFault> {
         let mut symbols = Self {
             text,
             image,
             by_name: Vec::new(),
-            hasher,
+            hasher: RandomState::new(),
             functions: Vec::new(),
             modules,
+            modules_slide: None,
             main_text: Gva(0)..Gva(0),
             init_text: Gva(0)..Gva(0),
             irq_text: Vec::new(),
@@ -164,16 +173,22 @@ impl Symbols {
             .map(|(symbol, index)| (name_hash(&symbols.hasher, symbols.name_of(symbol)), index))
             .collect();
         symbols.by_name.sort_unstable();
-        symbols.main_text = symbols
+        symbols.find_text()?;
+        symbols.index_functions();
+        Ok(symbols)
+    }
+
+    /// Finds out where the kernel's code is, by the marks of the linker.
+    pub(super) fn find_text(&mut self) -> Result<(), SymbolsFault> {
+        self.main_text = self
             .marked("_stext", "_etext")
             .ok_or(SymbolsFault::NoText("_stext and _etext"))?;
-        if symbols.address("_text").is_none() {
+        if self.address("_text").is_none() {
             return Err(SymbolsFault::NoText("_text"));
         }
         let empty = Gva(0)..Gva(0);
-        symbols.init_text = symbols.marked("_sinittext", "_einittext").unwrap_or(empty);
-        symbols.index_functions();
-        Ok(symbols)
+        self.init_text = self.marked("_sinittext", "_einittext").unwrap_or(empty);
+        Ok(())
     }
 
     /// The stretch between two marks of the linker, if both exist and it is
@@ -191,13 +206,10 @@ fn as_text(bytes: Vec<u8>) -> Result<String, SymbolsFault> {
         return Err(SymbolsFault::Empty);
     }
     if bytes.starts_with(b"\x7fELF") {
-        return binary(
-            "an ELF file",
-            "; make one from a vmlinux with `nm -n vmlinux`",
-        );
+        return binary("an ELF file", "; add it with `xftrace symbols add`");
     }
     if bytes.starts_with(b"\x1f\x8b") || bytes.starts_with(b"\xfd7zXZ") {
-        return binary("a compressed file", "; uncompress it first");
+        return binary("a compressed file", "; add it with `xftrace symbols add`");
     }
     if bytes.contains(&0) || !bytes.is_ascii() {
         return binary("a binary file", "");
@@ -344,8 +356,8 @@ mod tests {
             (&b""[..], "empty"),
             (b"\n \n", "empty"),
             (stub, "linux-image-6.1.0-37-amd64-dbg"),
-            (b"\x7fELF\x02\x01", "nm -n"),
-            (b"\x1f\x8b\x08", "uncompress"),
+            (b"\x7fELF\x02\x01", "symbols add"),
+            (b"\x1f\x8b\x08", "symbols add"),
             (b"ffffffff81000000 T _text\0", "binary"),
             ("ffffffff81000000 T t\u{e4}xt".as_bytes(), "binary"),
             (b"ffffffff81000000 T _text\nhello\x1b[2J\n", "line 2"),
