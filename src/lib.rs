@@ -9,7 +9,7 @@
 //! ```
 //!
 //! Each module uses only those to its left. [`helper`] runs the pipeline for
-//! one domain; [`cli`] is what people type; [`libvirt`] is what these two know
+//! one domain; [`symfiles`] is where symbols come from; [`cli`] is what people type; [`libvirt`] is what these two know
 //! of libvirt.
 
 pub mod callflow;
@@ -26,3 +26,4 @@ pub mod report;
 pub mod ring;
 pub mod session;
 pub mod switch;
+pub mod symfiles;

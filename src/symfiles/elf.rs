@@ -1,0 +1,152 @@
+//! A kernel as an ELF file: vmlinux, or what comes out of a vmlinuz.
+//!
+//! vmlinux has its symbols in .symtab; what is packed into a vmlinuz has been
+//! stripped of them, and only its kallsyms are left. Both have the build id in
+//! a note and the banner in their data.
+
+use memchr::memmem;
+use object::elf::{EM_X86_64, SHF_ALLOC, SHF_EXECINSTR, SHF_WRITE, SHT_NOBITS};
+use object::read::elf::{ElfFile64, FileHeader};
+use object::{
+    Endianness, Object, ObjectSection, ObjectSegment, ObjectSymbol, SectionFlags, SymbolKind,
+    SymbolSection,
+};
+
+use super::kallsyms::{self, Entry};
+use super::Fault;
+
+/// What a kernel says of itself first, and what ends it
+/// (init/version-timestamp.c).
+const BANNER: &[u8] = b"Linux version ";
+const BANNER_END: &[u8] = b"\n\0";
+const MAX_BANNER: usize = 1024;
+
+/// A build id has 20 bytes, more with other hashes.
+const MAX_BUILD_ID: usize = 64;
+
+type Elf<'a> = ElfFile64<'a, Endianness>;
+
+/// How symbols begin that System.map leaves out: what modules are linked by,
+/// and labels of the assembler.
+const LEFT_OUT: [&str; 4] = [".L", "__crc_", "__ksymtab_", "__kstrtab"];
+
+/// What an ELF file says of its kernel.
+#[derive(Debug)]
+pub(super) struct ElfKernel {
+    pub(super) symbols: Vec<Entry>,
+    /// Whether they are from .symtab, and not from kallsyms.
+    pub(super) from_symtab: bool,
+    pub(super) build_id: Option<Vec<u8>>,
+    pub(super) banner: Option<String>,
+}
+
+/// Reads it.
+pub(super) fn read(bytes: &[u8]) -> Result<ElfKernel, Fault> {
+    let damaged = |error: object::read::Error| Fault::Elf(error.to_string());
+    let elf = Elf::parse(bytes).map_err(damaged)?;
+    if elf.elf_header().e_machine(elf.endian()) != EM_X86_64 {
+        return Err(Fault::Machine);
+    }
+    let mut symbols = from_symtab(&elf);
+    let complete = |name: &str| symbols.iter().any(|symbol| symbol.2 == name);
+    let from_symtab = ["_text", "_stext", "_etext"]
+        .iter()
+        .all(|name| complete(name));
+    if !from_symtab {
+        symbols = from_kallsyms(&elf, bytes)?;
+    }
+    let build_id = elf.build_id().map_err(damaged)?;
+    Ok(ElfKernel {
+        banner: banner(&elf, bytes, &symbols),
+        build_id: build_id
+            .filter(|id| (1..=MAX_BUILD_ID).contains(&id.len()))
+            .map(<[u8]>::to_vec),
+        symbols,
+        from_symtab,
+    })
+}
+
+/// The symbols that `nm` would list and System.map keeps (scripts/mksysmap).
+fn from_symtab(elf: &Elf<'_>) -> Vec<Entry> {
+    let wanted = |symbol: &object::read::elf::ElfSymbol64<'_, '_, Endianness>| {
+        let kind = kind(elf, symbol)?;
+        let name = symbol.name().ok()?;
+        let fits = (1..=1024).contains(&name.len())
+            && name.bytes().all(|byte| byte.is_ascii_graphic())
+            && !LEFT_OUT.iter().any(|start| name.starts_with(start));
+        fits.then(|| (symbol.address(), kind, name.to_owned()))
+    };
+    elf.symbols().filter_map(|symbol| wanted(&symbol)).collect()
+}
+
+/// The letter that `nm` uses.
+fn kind(elf: &Elf<'_>, symbol: &object::read::elf::ElfSymbol64<'_, '_, Endianness>) -> Option<u8> {
+    if matches!(symbol.kind(), SymbolKind::File | SymbolKind::Section) {
+        return None;
+    }
+    let letter = match symbol.section() {
+        SymbolSection::Absolute => b'A',
+        SymbolSection::Section(index) => {
+            let section = elf.section_by_index(index).ok()?;
+            let SectionFlags::Elf { sh_flags, sh_type } = section.flags() else {
+                return None;
+            };
+            match sh_type {
+                _ if !sh_flags.contains(SHF_ALLOC) => return None,
+                _ if sh_flags.contains(SHF_EXECINSTR) => b'T',
+                SHT_NOBITS => b'B',
+                _ if sh_flags.contains(SHF_WRITE) => b'D',
+                _ => b'R',
+            }
+        }
+        _ => return None,
+    };
+    Some(match (symbol.is_weak(), symbol.is_global()) {
+        (true, _) if letter == b'T' => b'W',
+        (true, _) => b'V',
+        (false, true) => letter,
+        (false, false) => letter.to_ascii_lowercase(),
+    })
+}
+
+/// Those of kallsyms, and where its own tables are, so that they can be
+/// compared with a guest's.
+fn from_kallsyms(elf: &Elf<'_>, bytes: &[u8]) -> Result<Vec<Entry>, Fault> {
+    let found = kallsyms::read(bytes)?;
+    let mut symbols = found.symbols;
+    for (name, offset) in found.places {
+        let address = elf.segments().find_map(|segment| {
+            let (start, len) = segment.file_range();
+            let within = (offset as u64).checked_sub(start).filter(|at| *at < len)?;
+            segment.address().checked_add(within)
+        });
+        symbols.extend(address.map(|address| (address, b'r', name.to_owned())));
+    }
+    Ok(symbols)
+}
+
+/// The banner: where `linux_banner` is, or else the first text that looks
+/// like one.
+fn banner(elf: &Elf<'_>, bytes: &[u8], symbols: &[Entry]) -> Option<String> {
+    let read = |from: &[u8]| {
+        let text = from.get(..MAX_BANNER.min(from.len()))?;
+        let end = memmem::find(text, BANNER_END)?;
+        let text = text.get(..end).filter(|text| text.starts_with(BANNER))?;
+        let printable = |byte: &u8| byte.is_ascii_graphic() || *byte == b' ';
+        // The kernel's own format for /proc/version has it too.
+        let real = text.iter().all(printable) && !text.contains(&b'%');
+        real.then(|| String::from_utf8_lossy(text).into_owned())
+    };
+    let place = symbols.iter().find(|symbol| symbol.2 == "linux_banner");
+    let named = place.and_then(|(address, ..)| {
+        elf.segments().find_map(|segment| {
+            let within = address.checked_sub(segment.address())?;
+            read(segment.data().ok()?.get(usize::try_from(within).ok()?..)?)
+        })
+    });
+    named.or_else(|| {
+        memmem::find_iter(bytes, BANNER)
+            .take(64)
+            .find_map(|at| read(bytes.get(at..)?))
+    })
+}

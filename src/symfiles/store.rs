@@ -1,0 +1,161 @@
+//! The store: a directory with an index for each kernel that is known.
+//!
+//! An index is named by the kernel's build id, or, where the file had none, by
+//! a digest of the symbols. So the same kernel is never there twice from the
+//! same kind of file, and adding it again replaces it. Files that are no
+//! indices, such as a System.map that somebody copied there, are left alone;
+//! the helper reads them too.
+
+use std::collections::BTreeMap;
+use std::fs::{self, DirBuilder, File};
+use std::io::Write;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+
+use super::index::{self, Head};
+use super::{Known, SymfileError};
+
+/// How the names of indices end.
+const SUFFIX: &str = "xfsyms";
+
+/// How much of a digest is enough to tell kernels apart.
+const DIGEST: usize = 20;
+
+/// The directory.
+#[derive(Debug)]
+pub struct Store {
+    dir: PathBuf,
+}
+
+/// A kernel in the store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stored {
+    /// What it is called here.
+    pub id: String,
+    /// Its index.
+    pub path: PathBuf,
+    /// What the index says.
+    pub head: Head,
+}
+
+impl Store {
+    /// The store in `dir`, which need not exist yet.
+    pub fn at(dir: &Path) -> Self {
+        Self {
+            dir: dir.to_owned(),
+        }
+    }
+
+    /// Reads a file of any kind and keeps its symbols; also says whether that
+    /// kernel was there already. The index is whole or not there.
+    ///
+    /// # Errors
+    /// If the file cannot be used or the store cannot be written.
+    pub fn add(&self, file: &Path) -> Result<(Stored, bool), SymfileError> {
+        let known = Known::load(file)?;
+        let head = Head::new(&known, &file.display().to_string());
+        let bytes = index::write(&known, &head);
+        let id = known.build_id.clone().unwrap_or_else(|| digest(&known));
+        let path = self.dir.join(format!("{id}.{SUFFIX}"));
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(&self.dir)
+            .map_err(SymfileError::io("create", &self.dir))?;
+        let there = path.exists();
+        let failed = || SymfileError::io("write", &path);
+        // In the same directory, without the suffix, so that nobody reads it
+        // half written and a rename puts it in place.
+        let mut file = tempfile::Builder::new()
+            .prefix(".adding-")
+            .tempfile_in(&self.dir)
+            .map_err(failed())?;
+        file.write_all(&bytes).map_err(failed())?;
+        file.as_file().sync_all().map_err(failed())?;
+        file.persist(&path).map_err(|error| failed()(error.error))?;
+        let sync = File::open(&self.dir).and_then(|dir| dir.sync_all());
+        sync.map_err(SymfileError::io("write", &self.dir))?;
+        Ok((Stored { id, path, head }, there))
+    }
+
+    /// All that are there, by release and id, and what is wrong with those
+    /// that cannot be read.
+    ///
+    /// # Errors
+    /// If the directory cannot be read. One that is not there is empty.
+    pub fn list(&self) -> Result<(Vec<Stored>, Vec<SymfileError>), SymfileError> {
+        let (mut stored, mut faults) = (Vec::new(), Vec::new());
+        for (id, path) in self.files()? {
+            match head(&path) {
+                Ok(head) => stored.push(Stored { id, path, head }),
+                Err(error) => faults.push(error),
+            }
+        }
+        stored.sort_by_cached_key(|kernel| {
+            (kernel.head.release().map(str::to_owned), kernel.id.clone())
+        });
+        Ok((stored, faults))
+    }
+
+    /// Removes the kernel whose id begins like this; damaged ones too.
+    ///
+    /// # Errors
+    /// If there is none or there are several, or it cannot be removed.
+    pub fn remove(&self, id: &str) -> Result<String, SymfileError> {
+        let files = self.files()?;
+        let mut like = files.iter().filter(|(known, _)| known.starts_with(id));
+        let found = match (files.get_key_value(id), like.next(), like.next()) {
+            (Some(exact), ..) => exact,
+            (None, Some(only), None) if !id.is_empty() => only,
+            (None, Some(_), Some(_)) => {
+                let text = format!("several kernels have ids that begin with '{id}': type more");
+                return Err(SymfileError::Id(text));
+            }
+            _ => {
+                let text = format!(
+                    "no kernel in {} has an id that begins with '{}'; see 'xftrace symbols list'",
+                    self.dir.display(),
+                    id.escape_debug()
+                );
+                return Err(SymfileError::Id(text));
+            }
+        };
+        fs::remove_file(found.1).map_err(SymfileError::io("remove", found.1))?;
+        Ok(found.0.clone())
+    }
+
+    /// The indices, by id.
+    fn files(&self) -> Result<BTreeMap<String, PathBuf>, SymfileError> {
+        let entries = match fs::read_dir(&self.dir) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                return Ok(BTreeMap::new());
+            }
+            entries => entries.map_err(SymfileError::io("read", &self.dir))?,
+        };
+        let paths = entries.flatten().map(|entry| entry.path());
+        let index = |path: PathBuf| {
+            let id = path.file_stem()?.to_str()?.to_owned();
+            let ours = path.extension()? == SUFFIX && path.is_file();
+            ours.then_some((id, path))
+        };
+        Ok(paths.filter_map(index).collect())
+    }
+}
+
+/// The head of an index.
+fn head(path: &Path) -> Result<Head, SymfileError> {
+    let file = File::open(path).map_err(SymfileError::io("read", path))?;
+    Head::read(file).map_err(|fault| SymfileError::Content {
+        path: path.to_owned(),
+        fault: fault.into(),
+    })
+}
+
+/// What a kernel without a build id is called.
+fn digest(known: &Known) -> String {
+    let digest = Sha256::digest(known.symbols.to_table());
+    let bytes = digest.iter().take(DIGEST);
+    bytes.map(|byte| format!("{byte:02x}")).collect()
+}
