@@ -26,6 +26,7 @@ mod ratelimit;
 mod requests;
 mod run;
 mod server;
+mod sources;
 mod trace;
 mod turn;
 mod watch;

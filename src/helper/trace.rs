@@ -71,7 +71,7 @@ impl Trace {
         ram: Arc<dyn GuestRam>,
     ) -> Result<Self, TraceError> {
         let interval = Duration::from_nanos(meta.interval_ns);
-        let writer = SessionWriter::create(dir, meta, &guest.symbols_path)?;
+        let writer = SessionWriter::create(dir, meta, &guest.symbols, guest.kernel.slide)?;
         let klog = Klog::create(&dir.join(KLOG_FILE)).map_err(SessionError::from)?;
         let keys = KeyThread::start(
             klog,

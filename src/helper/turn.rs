@@ -29,7 +29,7 @@ impl Engine {
             if Instant::now() > deadline {
                 anyhow::bail!("the guest that booted could not be given a key");
             }
-            self.look()?;
+            self.watch.look(&*self.attached.ram)?;
             std::thread::sleep(TICK_TRACING);
         }
         let (names, addresses) = self.resolve(&functions)?;
@@ -102,7 +102,7 @@ impl Engine {
                     (sent.elapsed() - pickup).as_secs()
                 ));
             }
-            if matches!(self.look()?, Seen::Gone | Seen::Booted) {
+            if matches!(self.watch.look(&*ram)?, Seen::Gone | Seen::Booted) {
                 anyhow::bail!("the guest was reset meanwhile");
             }
             if let Some(trace) = &mut self.trace {
@@ -118,9 +118,6 @@ impl Engine {
         let ram = Arc::clone(&self.attached.ram);
         let deadline = Instant::now() + Duration::from_secs(3);
         loop {
-            // A session that another helper left open comes before anything
-            // that is asked of this one.
-            self.attend_boot()?;
             if let Some(guest) = &self.watch.guest {
                 if self.watch.liveness.is_fresh(&*ram, &guest.control) {
                     return Ok(guest.clone());
@@ -129,7 +126,7 @@ impl Engine {
             if Instant::now() > deadline {
                 break;
             }
-            self.look()?;
+            self.watch.look(&*ram)?;
             std::thread::sleep(TICK_TRACING);
         }
         if self.watch.guest.is_some() {

@@ -6,7 +6,7 @@
 //! block grows. So a kernel is taken only once two looks at it differ.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -15,6 +15,8 @@ use crate::kernel::control::{Control, ControlError, Heartbeat};
 use crate::kernel::{find_all, Kernel, Symbols};
 use crate::ram::{Gpa, GuestRam, RamError};
 use crate::session::ClockPair;
+
+use super::sources::{Fitting, Sources};
 
 /// How often memory is searched for a kernel.
 const SEARCH_EVERY: Duration = Duration::from_millis(250);
@@ -90,9 +92,7 @@ pub(super) enum Seen {
 /// Keeps an eye on the guest's kernel.
 #[derive(Debug)]
 pub(super) struct Watch {
-    /// Where symbols may lie: files, or directories of them.
-    sources: Vec<PathBuf>,
-    loaded: HashMap<PathBuf, Result<Arc<Symbols>, String>>,
+    sources: Sources,
     pub(super) guest: Option<Guest>,
     pub(super) liveness: Arc<Liveness>,
     /// Why there is no kernel.
@@ -106,10 +106,10 @@ pub(super) struct Watch {
 }
 
 impl Watch {
+    /// With the files that symbols may be in, or directories of them.
     pub(super) fn new(sources: Vec<PathBuf>) -> Self {
         Self {
-            sources,
-            loaded: HashMap::new(),
+            sources: Sources::new(sources),
             guest: None,
             liveness: Arc::new(Liveness::new()),
             why: "not looked yet".to_owned(),
@@ -197,24 +197,9 @@ impl Watch {
         }
         self.searched = Some(Instant::now());
         let current = self.guest.as_ref().map(|guest| guest.control.ident.boot_id);
-        let mut why = format!(
-            "no symbols: there is no System.map below {}; put the guest kernel's there, \
-             or name it with 'xftrace enroll --symbols'",
-            self.sources
-                .iter()
-                .map(|p| p.display().to_string())
-                .collect::<Vec<_>>()
-                .join(", ")
-        );
+        let Fitting { found, mut why } = self.sources.fitting(ram)?;
         let mut seen = HashMap::new();
-        for (path, symbols) in self.symbols() {
-            let symbols = match symbols {
-                Ok(symbols) => symbols,
-                Err(text) => {
-                    why = text;
-                    continue;
-                }
-            };
+        for (path, symbols) in found {
             let kernels = match find_all(ram, &symbols) {
                 Ok(kernels) => kernels,
                 Err(error) => {
@@ -277,46 +262,6 @@ impl Watch {
         self.candidates.clear();
         self.why.clear();
     }
-
-    /// The symbols there are, each loaded once.
-    fn symbols(&mut self) -> Vec<(PathBuf, Result<Arc<Symbols>, String>)> {
-        let mut files = Vec::new();
-        for source in &self.sources {
-            if source.is_dir() {
-                let mut inside: Vec<_> = std::fs::read_dir(source)
-                    .into_iter()
-                    .flatten()
-                    .flatten()
-                    .map(|entry| entry.path())
-                    .filter(|path| path.is_file())
-                    .collect();
-                inside.sort();
-                files.append(&mut inside);
-            } else {
-                files.push(source.clone());
-            }
-        }
-        let mut all = Vec::new();
-        for path in files {
-            let loaded = self
-                .loaded
-                .entry(path.clone())
-                .or_insert_with(|| load(&path))
-                .clone();
-            if loaded.is_err() {
-                // It may be put right.
-                self.loaded.remove(&path);
-            }
-            all.push((path, loaded));
-        }
-        all
-    }
-}
-
-fn load(path: &Path) -> Result<Arc<Symbols>, String> {
-    Symbols::load(path)
-        .map(Arc::new)
-        .map_err(|error| error.to_string())
 }
 
 /// The host's wall clock, nanoseconds since 1970.
