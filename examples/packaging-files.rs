@@ -74,6 +74,11 @@ fn man_pages(dir: &Path) -> io::Result<()> {
                 .cloned(),
         );
         page(&man, sub, &page_name(sub), &sections, &also)?;
+        // What `xftrace symbols add` is, besides `xftrace symbols`.
+        for below in visible(sub) {
+            let name = format!("{}-{}", page_name(sub), below.get_name());
+            page(&man, below, &name, &status, &[page_name(sub)])?;
+        }
     }
     Ok(())
 }

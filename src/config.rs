@@ -73,7 +73,7 @@ pub struct Paths {
     /// Sockets of the helpers, and the XML of the domains that run.
     #[serde(deserialize_with = "values::absolute")]
     pub run: PathBuf,
-    /// System.map files, found by the kernel's banner.
+    /// Symbols of guests' kernels: the store, and files that others put there.
     #[serde(deserialize_with = "values::absolute")]
     pub symbols: PathBuf,
     /// libvirt's own directory of PID files, `<libvirt_run>/<domain>.pid`.

@@ -53,7 +53,8 @@ fn host(dir: &Path) -> (String, String) {
 #[test]
 fn every_command_has_help_with_examples() {
     for command in [
-        "enroll", "unenroll", "on", "off", "status", "list", "report", "follow", "doctor",
+        "enroll", "unenroll", "on", "off", "status", "list", "report", "follow", "symbols",
+        "doctor",
     ] {
         for line in [&["help", command][..], &[command, "--help"]] {
             xftrace()
@@ -293,4 +294,50 @@ fn a_reader_that_goes_away_ends_it_quietly() {
     assert_eq!(output.status.code(), Some(2));
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(said.contains("standard output"), "{said}");
+}
+
+#[test]
+fn symbols_are_added_listed_and_removed() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, config) = host(dir.path());
+    let symbols = |arguments: &[&str]| {
+        let mut command = xftrace();
+        command.current_dir(dir.path());
+        command
+            .args(["--config", &config, "symbols"])
+            .args(arguments);
+        command.assert()
+    };
+    symbols(&[]).code(2).stderr(contains("remove"));
+    symbols(&["list"])
+        .code(0)
+        .stdout(is_empty())
+        .stderr(contains("symbols add FILE"));
+    symbols(&["list", "--json"]).code(0).stdout("[]\n");
+    let map = "ffffffff81000000 T _text\nffffffff81000000 T _stext\nffffffff81001000 T _etext\n";
+    std::fs::write(dir.path().join("System.map-6.1"), map).unwrap();
+    let stub = "ffffffffffffffff B The real System.map is in the linux-image-6.1-dbg package\n";
+    std::fs::write(dir.path().join("stub"), stub).unwrap();
+    // The good one is added, whatever the other is.
+    symbols(&["add", "stub", "none", "System.map-6.1"])
+        .code(2)
+        .stdout(contains("Added").and(contains("System.map-6.1, 3 symbols")))
+        .stderr(contains("vmlinuz").and(contains("cannot read \"none\"")));
+    symbols(&["add", "System.map-6.1"])
+        .code(0)
+        .stdout(contains("Replaced"));
+    let list = symbols(&["list"])
+        .code(0)
+        .stdout(contains("System.map-6.1"));
+    let list = String::from_utf8(list.get_output().stdout.clone()).unwrap();
+    let id = list
+        .lines()
+        .nth(1)
+        .and_then(|line| line.split(' ').next())
+        .unwrap();
+    symbols(&["remove", "zzz"])
+        .code(2)
+        .stderr(contains("symbols list"));
+    symbols(&["remove", id]).code(0).stdout(contains(id));
+    symbols(&["list"]).code(0).stdout(is_empty());
 }

@@ -59,6 +59,7 @@ Environment:
 
 Files:
   /etc/xftrace/xftrace.toml             configuration
+  /var/lib/xftrace/symbols/             the kernels that are known
   /var/log/libvirt/qemu/NAME.xftrace/   the sessions recorded of domain NAME
   /run/xftrace/                         sockets of the running helpers";
 
@@ -126,6 +127,7 @@ pub enum Command {
     List(ListArgs),
     Report(ReportArgs),
     Follow(FollowArgs),
+    Symbols(SymbolsArgs),
     Doctor(DoctorArgs),
     #[command(hide = true)]
     Hook(HookArgs),
@@ -188,11 +190,13 @@ pub struct EnrollArgs {
     #[arg(long)]
     pub at_start: bool,
 
-    /// The System.map of the guest's kernel [default: found by the kernel's banner]
+    /// The symbols of the guest's kernel [default: those that fit, of 'xftrace symbols list']
     ///
-    /// Without it, the helper looks in the symbols directory
-    /// (/var/lib/xftrace/symbols) for the file that belongs to the kernel
-    /// which it finds in the guest.
+    /// Any file that 'xftrace symbols add' takes. It stays where it is, is read
+    /// whenever the domain starts, and is the only one tried for this domain.
+    /// Without it, the helper looks for the kernel which it finds in the guest
+    /// among those that were added with 'xftrace symbols add', and in files
+    /// that lie in the symbols directory (/var/lib/xftrace/symbols).
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub symbols: Option<PathBuf>,
 }
@@ -409,6 +413,59 @@ pub enum FollowFormat {
     Text,
     /// One JSON object a line for each call and each mark
     Json,
+}
+
+/// Keep the symbols of the guests' kernels
+///
+/// Records are addresses; the symbols of the very kernel that the guest runs
+/// make names of them. Once they have been added, the helper of each domain
+/// finds by itself which of them belong to its guest, and refuses all others.
+#[derive(Debug, Clone, Args)]
+#[command(after_long_help = "\
+Examples:
+  xftrace symbols add /srv/kernels/vmlinuz-6.1.0-44-cloud-amd64
+  xftrace symbols add linux-image-6.1.0-44-cloud-amd64_6.1.164-1_amd64.deb
+  xftrace symbols list
+  xftrace symbols remove 3f9a")]
+pub struct SymbolsArgs {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: SymbolsCommand,
+}
+
+/// What can be done with symbols.
+#[derive(Debug, Clone, Subcommand)]
+#[command(subcommand_required = true, arg_required_else_help = true)]
+pub enum SymbolsCommand {
+    /// Add the symbols of kernels
+    ///
+    /// Each FILE is a System.map, a vmlinux, a vmlinuz (bzImage), a linux-image
+    /// package (.deb), or what the guest's root read from /proc/kallsyms. What
+    /// it is, is told by its content. The file is read once, and not needed
+    /// any more. Adding a kernel again replaces it.
+    ///
+    /// Debian installs a note in place of System.map: take the vmlinuz.
+    Add {
+        /// The files
+        #[arg(value_name = "FILE", required = true, value_hint = ValueHint::FilePath)]
+        files: Vec<PathBuf>,
+    },
+    /// List the kernels that are known
+    ///
+    /// One line each: its id (the build id, or a digest where the file had
+    /// none), how many symbols there are, what they are from, and the kernel's
+    /// release, or where that is unknown (for a System.map), the file's name.
+    List {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Remove kernels
+    Remove {
+        /// Their ids, or the beginnings of them
+        #[arg(value_name = "ID", required = true)]
+        ids: Vec<String>,
+    },
 }
 
 /// Say what is missing for a domain to be traced, and how to mend it

@@ -12,6 +12,7 @@ use crate::libvirt::enrolment::untraceable;
 use crate::libvirt::run_dir::RunDir;
 use crate::libvirt::shell_word;
 use crate::libvirt::xml::{enroll, DomainXml, Trace};
+use crate::symfiles::Known;
 
 /// Runs the command.
 pub(super) fn run(context: &Context, args: &EnrollArgs) -> anyhow::Result<Exit> {
@@ -80,7 +81,10 @@ fn symbols(path: &PathBuf) -> anyhow::Result<PathBuf> {
     if !absolute.to_str().is_some_and(fits) {
         bail!("{absolute:?} cannot stand in XML: rename it to plain UTF-8 text");
     }
-    if !absolute.is_file() {
+    if absolute.exists() {
+        // Better now than when the domain runs.
+        Known::load(&absolute)?;
+    } else {
         out::message(&format!(
             "warning: there is no file {} on this host yet",
             absolute.display()

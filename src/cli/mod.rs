@@ -28,6 +28,7 @@ mod on;
 pub mod out;
 mod report;
 mod status;
+mod symbols;
 pub mod target;
 mod unenroll;
 
@@ -104,6 +105,7 @@ pub fn run() -> ExitCode {
         Command::List(args) => list::run(&context, args),
         Command::Report(args) => report::run(&context, args),
         Command::Follow(args) => follow::run(&context, args),
+        Command::Symbols(args) => symbols::run(&context, args),
         Command::Doctor(args) => doctor::run(&context, args),
         Command::Hook(args) => hook::run(&context, args),
         Command::Helper(args) => helper::run(&context, args),

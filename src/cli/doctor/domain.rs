@@ -170,12 +170,13 @@ fn kernel(status: &Status, report: &mut Report) {
         }
         GuestStatus::Searching { why } => report.missing(
             format!("the guest's kernel: {why}"),
-            "a guest kernel with xftrace's patch (guest-kernel-patches/), and its System.map",
+            "a guest kernel with xftrace's patch (guest-kernel-patches/), and its symbols \
+             (xftrace symbols add)",
         ),
     }
 }
 
-/// Whether there is a System.map at all. Which one belongs to the guest's
+/// Whether there are symbols at all. Which ones belong to the guest's
 /// kernel, only the helper can tell.
 fn symbols(config: &Config, live: &DomainXml, report: &mut Report) {
     let named = live.trace.as_ref().and_then(|trace| trace.symbols.clone());
@@ -185,7 +186,7 @@ fn symbols(config: &Config, live: &DomainXml, report: &mut Report) {
         Some(file) => report.missing(
             format!("the symbols that its metadata names, {}", file.display()),
             format!(
-                "copy the System.map of the guest's kernel to {}",
+                "copy the vmlinuz or System.map of the guest's kernel to {}",
                 file.display()
             ),
         ),
@@ -194,10 +195,8 @@ fn symbols(config: &Config, live: &DomainXml, report: &mut Report) {
             match files.filter(|entry| entry.path().is_file()).count() {
                 0 => report.missing(
                     format!("symbols: {} has none", dir.display()),
-                    format!(
-                        "mkdir -p {}; copy the System.map of the guest's kernel there",
-                        dir.display()
-                    ),
+                    "xftrace symbols add FILE    (the vmlinuz, vmlinux, System.map or .deb of \
+                     the guest's kernel)",
                 ),
                 n => report.ok(format!("{n} file(s) of symbols in {}", dir.display())),
             }
