@@ -69,6 +69,8 @@ pub(super) struct Engine {
     /// it is on.
     pub(super) told_off: [Option<Instant>; 2],
     pub(super) start_done: bool,
+    /// A kernel was found and not yet seen to.
+    pub(super) boot_due: bool,
     pub(super) last_session: Option<PathBuf>,
     pub(super) said: RateLimit,
 }
@@ -108,6 +110,7 @@ impl Engine {
             status_at: Instant::now(),
             told_off: [None; 2],
             start_done: false,
+            boot_due: false,
             last_session: None,
             said: RateLimit::new(3, Duration::from_secs(60)),
         }
@@ -198,17 +201,8 @@ impl Engine {
 
     /// One round: look at the guest, read what is new, keep the books.
     fn round(&mut self) -> anyhow::Result<()> {
-        let ram = Arc::clone(&self.attached.ram);
-        match self.watch.look(&*ram)? {
-            Seen::Same => {}
-            Seen::Gone => {
-                log::warn!("the guest was reset");
-                if let Some(trace) = &mut self.trace {
-                    trace.guest_gone();
-                }
-            }
-            Seen::Booted => self.booted()?,
-        }
+        self.look()?;
+        self.attend_boot()?;
         if let Some(trace) = &mut self.trace {
             trace.drain(&self.watch)?;
             trace.attend(&self.watch)?;
@@ -224,6 +218,32 @@ impl Engine {
         Ok(())
     }
 
+    /// Looks at the guest. A reset is seen to at once; a boot is due for
+    /// [`Engine::attend_boot`], which turns the switch and so is not for those
+    /// who are about to.
+    pub(super) fn look(&mut self) -> anyhow::Result<Seen> {
+        let seen = self.watch.look(&*self.attached.ram)?;
+        match seen {
+            Seen::Same => {}
+            Seen::Gone => {
+                log::warn!("the guest was reset");
+                if let Some(trace) = &mut self.trace {
+                    trace.guest_gone();
+                }
+            }
+            Seen::Booted => self.boot_due = true,
+        }
+        Ok(seen)
+    }
+
+    /// Sees to a kernel that was found since this was called last.
+    pub(super) fn attend_boot(&mut self) -> anyhow::Result<()> {
+        match std::mem::take(&mut self.boot_due) {
+            true => self.booted(),
+            false => Ok(()),
+        }
+    }
+
     /// A kernel was found that lives.
     fn booted(&mut self) -> anyhow::Result<()> {
         let Some(guest) = self.watch.guest.clone() else {
@@ -236,11 +256,18 @@ impl Engine {
             guest.kernel.levels
         );
         // The first look, for the clock.
-        self.watch.look(&*self.attached.ram)?;
+        self.look()?;
         if let Some(trace) = &mut self.trace {
             trace.guest_gone();
             trace.boot(&guest, &self.watch)?;
-            return self.switch_again();
+            return match self.switch_again() {
+                // It was reset once more meanwhile: the next boot is told of.
+                Err(error) if self.boot_due || self.watch.guest.is_none() => {
+                    log::warn!("{error:#}");
+                    Ok(())
+                }
+                result => result,
+            };
         }
         if self.start_done {
             return Ok(());

@@ -29,7 +29,7 @@ impl Engine {
             if Instant::now() > deadline {
                 anyhow::bail!("the guest that booted could not be given a key");
             }
-            self.watch.look(&*self.attached.ram)?;
+            self.look()?;
             std::thread::sleep(TICK_TRACING);
         }
         let (names, addresses) = self.resolve(&functions)?;
@@ -102,7 +102,7 @@ impl Engine {
                     (sent.elapsed() - pickup).as_secs()
                 ));
             }
-            if matches!(self.watch.look(&*ram)?, Seen::Gone | Seen::Booted) {
+            if matches!(self.look()?, Seen::Gone | Seen::Booted) {
                 anyhow::bail!("the guest was reset meanwhile");
             }
             if let Some(trace) = &mut self.trace {
@@ -118,6 +118,9 @@ impl Engine {
         let ram = Arc::clone(&self.attached.ram);
         let deadline = Instant::now() + Duration::from_secs(3);
         loop {
+            // A session that another helper left open comes before anything
+            // that is asked of this one.
+            self.attend_boot()?;
             if let Some(guest) = &self.watch.guest {
                 if self.watch.liveness.is_fresh(&*ram, &guest.control) {
                     return Ok(guest.clone());
@@ -126,7 +129,7 @@ impl Engine {
             if Instant::now() > deadline {
                 break;
             }
-            self.watch.look(&*ram)?;
+            self.look()?;
             std::thread::sleep(TICK_TRACING);
         }
         if self.watch.guest.is_some() {

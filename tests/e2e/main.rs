@@ -15,5 +15,6 @@ mod lab;
 mod lifecycle;
 mod pause;
 mod refusals;
+mod symbols;
 mod trace;
 mod traced;

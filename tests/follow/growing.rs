@@ -1,6 +1,5 @@
 //! A session that grows, as a helper would have it.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;

@@ -10,13 +10,15 @@ use anyhow::{bail, Context, Result};
 /// other runs share them.
 #[derive(Debug, Clone)]
 pub struct Artifacts {
-    /// The directory tests/lab/kernel made, with build/ for modules.
+    /// The directory tests/lab/kernel made, with build/ for modules, or
+    /// tests/lab/stock-kernel.
     pub kernel_dir: PathBuf,
     /// The kernel to boot.
     pub bzimage: PathBuf,
-    /// Its symbols.
+    /// Its symbols; a stock kernel has no such file.
     pub system_map: PathBuf,
-    /// The kernel as ELF, with .symtab and .BTF, without DWARF.
+    /// The kernel as ELF, with .symtab and .BTF, without DWARF; a stock kernel
+    /// has no such file.
     pub vmlinux: PathBuf,
     /// The initramfs.
     pub initramfs: PathBuf,
@@ -30,6 +32,9 @@ impl Artifacts {
     /// # Errors
     /// Where a build fails.
     pub fn build(kernel: &str) -> Result<Artifacts> {
+        if let Some(stock) = kernel.strip_prefix("stock-") {
+            return Artifacts::stock(stock);
+        }
         let kernel_dir = run_script("kernel", &[Path::new(kernel)])?;
         let initramfs = run_script("initramfs", &[&kernel_dir])?;
         Ok(Artifacts {
@@ -38,6 +43,22 @@ impl Artifacts {
             vmlinux: kernel_dir.join("vmlinux"),
             kernel_dir,
             initramfs,
+        })
+    }
+}
+
+impl Artifacts {
+    /// Those of a distribution's kernel: VERSION-FLAVOUR, as
+    /// tests/lab/stock-kernel takes them.
+    fn stock(name: &str) -> Result<Artifacts> {
+        let (version, flavour) = name.rsplit_once('-').unwrap_or((name, "cloud"));
+        let kernel_dir = run_script("stock-kernel", &[version, flavour].map(Path::new))?;
+        Ok(Artifacts {
+            bzimage: kernel_dir.join("vmlinuz"),
+            system_map: kernel_dir.join("System.map"),
+            vmlinux: kernel_dir.join("vmlinux"),
+            initramfs: run_script("initramfs", &[])?,
+            kernel_dir,
         })
     }
 }

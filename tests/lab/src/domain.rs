@@ -28,7 +28,8 @@ pub const KERNEL: &str = "6.1";
 pub struct Domain {
     /// Its name.
     pub name: String,
-    /// The kernel it boots: 6.1 or 6.12, each with xftrace's patches.
+    /// The kernel it boots: 6.1 or 6.12, each with xftrace's patches, or
+    /// Debian's own, such as stock-6.1-cloud or stock-6.12-generic.
     #[arg(long, default_value = KERNEL)]
     pub kernel: String,
     /// QEMU's machine type: pc, q35 or a versioned one.
