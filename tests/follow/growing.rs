@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 use uuid::Uuid;
 use xftrace::kernel::control::RecordTypes;
+use xftrace::kernel::Symbols;
 use xftrace::keys::{Entry, Klog};
 use xftrace::ring::Chunk;
 use xftrace::session::{
@@ -64,10 +65,9 @@ impl Growing {
     /// With one boot, whose clock is not known, and one key.
     pub(crate) fn new(cpus: u32) -> Self {
         let temp = tempfile::tempdir().expect("a directory");
-        let symbols = temp.path().join("map");
-        fs::write(&symbols, SYMBOLS).expect("symbols");
+        let symbols = Symbols::parse(SYMBOLS.as_bytes().into()).expect("symbols");
         let dir = temp.path().join("session");
-        let writer = SessionWriter::create(&dir, meta(), &symbols).expect("a session");
+        let writer = SessionWriter::create(&dir, meta(), &symbols, 0).expect("a session");
         let klog = Klog::create(&dir.join(KLOG_FILE)).expect("a key log");
         let mut growing = Self {
             _temp: temp,
