@@ -45,6 +45,33 @@ fn what_one_side_writes_the_other_reads() {
 }
 
 #[test]
+fn bits_are_changed_without_losing_what_the_other_side_changes() {
+    let (_dir, path) = memory_file(2 * MIB);
+    let (ours, qemu) = (open(&path, 2 * MIB).unwrap(), open(&path, 2 * MIB).unwrap());
+    let start = std::sync::Arc::new(std::sync::Barrier::new(2));
+    let flips = |ram: FileRam, mask| {
+        let start = std::sync::Arc::clone(&start);
+        std::thread::spawn(move || {
+            start.wait();
+            for _ in 0..1_000_000 {
+                assert_eq!(ram.change_bits(Gpa(8), mask, true).unwrap() & mask, 0);
+                assert_eq!(ram.change_bits(Gpa(8), mask, false).unwrap() & mask, mask);
+            }
+        })
+    };
+    let both = [flips(ours, 1 << 20), flips(qemu, 1)];
+    for side in both {
+        side.join().expect("no change of the other side was lost");
+    }
+    let look = open(&path, 2 * MIB).unwrap();
+    assert_eq!(look.read_u32(Gpa(8)).unwrap(), 0);
+    assert!(matches!(
+        look.change_bits(Gpa(6), 1, true),
+        Err(RamError::Misaligned { .. })
+    ));
+}
+
+#[test]
 fn ram_above_the_hole_lies_at_the_split_in_the_file() {
     let size = 3 << 30;
     let (_dir, path) = memory_file(size);

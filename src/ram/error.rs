@@ -54,6 +54,16 @@ pub enum RamError {
         /// The address that was to be written.
         gpa: Gpa,
     },
+    /// A word was to be changed that the guest changes too, through a backing
+    /// that is not mapped.
+    #[error(
+        "cannot change the word at {gpa} while the guest may change it too: this guest's memory \
+         is not mapped"
+    )]
+    NotAtomic {
+        /// The word's address.
+        gpa: Gpa,
+    },
     /// The file shrank under the mapping; what it held is lost.
     #[error(
         "the memory file {path:?} was truncated or its pages vanished while it was in use; \

@@ -329,6 +329,13 @@ impl GuestRam for FileRam {
         Ok(())
     }
 
+    fn change_bits(&self, gpa: Gpa, mask: u32, set: bool) -> Result<u32, RamError> {
+        let dst = self.writable_word(gpa, 4)?;
+        // SAFETY: as in `read_u64`, with 4 bytes, and the mapping is writable.
+        let old = unsafe { volatile::change_bits(dst, mask.to_le(), set) };
+        Ok(u32::from_le(old))
+    }
+
     fn next_populated(&self, gpa: Gpa) -> Option<Gpa> {
         let ranges = self.layout.ranges();
         let first = ranges.partition_point(|range| range.end() <= gpa);

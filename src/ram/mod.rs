@@ -91,6 +91,18 @@ pub trait GuestRam: Send + Sync {
     /// As [`GuestRam::write_u64`], with alignment 4.
     fn write_u32(&self, gpa: Gpa, value: u32) -> Result<(), RamError>;
 
+    /// Sets the bits of `mask` in one little-endian 32-bit word, or clears
+    /// them, and returns what the word was before. One atomic instruction, so
+    /// that nothing is lost of what the guest does to the word meanwhile.
+    ///
+    /// # Errors
+    /// As [`GuestRam::write_u32`], and [`RamError::NotAtomic`] for a backing
+    /// that cannot do it in one instruction.
+    fn change_bits(&self, gpa: Gpa, mask: u32, set: bool) -> Result<u32, RamError> {
+        let _ = (mask, set);
+        Err(RamError::NotAtomic { gpa })
+    }
+
     /// The first address at or after `gpa` that has something behind it, or
     /// `None` if there is nothing up to the end of RAM. It is `gpa` itself or
     /// the first of a page.

@@ -233,6 +233,14 @@ impl GuestRam for VecRam {
         Ok(())
     }
 
+    fn change_bits(&self, gpa: Gpa, mask: u32, set: bool) -> Result<u32, RamError> {
+        let old = self.read_u32(gpa)?;
+        self.check_word(gpa, 4, true)?;
+        let mask = u64::from(mask) << (gpa.0 % 8 * 8);
+        self.update(gpa, |word| if set { word | mask } else { word & !mask });
+        Ok(old)
+    }
+
     fn next_populated(&self, gpa: Gpa) -> Option<Gpa> {
         let ranges = self.layout.ranges();
         let first = ranges.partition_point(|range| range.end() <= gpa);

@@ -90,6 +90,21 @@ pub(super) unsafe fn store_u32(dst: *mut u8, value: u32) {
     word.store(value, Ordering::Release);
 }
 
+/// Sets or clears bits of a half word in one instruction, and returns what it
+/// was.
+///
+/// # Safety
+/// As for [`store_u32`].
+pub(super) unsafe fn change_bits(dst: *mut u8, mask: u32, set: bool) -> u32 {
+    // SAFETY: as in `load_u64`.
+    let word = unsafe { AtomicU32::from_ptr(dst.cast()) };
+    if set {
+        word.fetch_or(mask, Ordering::AcqRel)
+    } else {
+        word.fetch_and(!mask, Ordering::AcqRel)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
