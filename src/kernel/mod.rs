@@ -25,6 +25,7 @@
 //! control block that the guest patch keeps in its image.
 
 mod address;
+pub mod btf;
 pub mod control;
 mod escape;
 mod find;
@@ -32,6 +33,7 @@ mod identify;
 mod image;
 mod paging;
 mod scan;
+pub mod stock;
 mod symbols;
 
 pub use address::Gva;

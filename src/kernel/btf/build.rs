@@ -1,0 +1,103 @@
+//! Makes BTF for tests.
+
+use super::parse::kind;
+use super::Btf;
+
+/// Builds BTF as a linker would.
+pub(in crate::kernel) struct Builder {
+    types: Vec<u8>,
+    names: Vec<u8>,
+    count: u32,
+}
+
+impl Builder {
+    pub(in crate::kernel) fn new() -> Self {
+        Self {
+            types: Vec::new(),
+            names: vec![0],
+            count: 0,
+        }
+    }
+
+    pub(in crate::kernel) fn name(&mut self, name: &str) -> u32 {
+        if name.is_empty() {
+            return 0;
+        }
+        let at = self.names.len() as u32;
+        self.names.extend(name.as_bytes());
+        self.names.push(0);
+        at
+    }
+
+    /// Adds a type, and returns its id.
+    pub(in crate::kernel) fn add(
+        &mut self,
+        name: &str,
+        info: u32,
+        size_or_type: u32,
+        body: &[u32],
+    ) -> u32 {
+        let name = self.name(name);
+        for word in [name, info, size_or_type].iter().chain(body) {
+            self.types.extend(word.to_le_bytes());
+        }
+        self.count += 1;
+        self.count
+    }
+
+    pub(in crate::kernel) fn int(&mut self, name: &str, size: u32) -> u32 {
+        self.add(name, kind::INT << 24, size, &[8 * size])
+    }
+
+    /// Members by name, type, and offset in bits.
+    pub(in crate::kernel) fn compound(
+        &mut self,
+        kind: u32,
+        name: &str,
+        size: u32,
+        members: &[(&str, u32, u32)],
+    ) -> u32 {
+        let mut body = Vec::new();
+        for &(name, type_id, bits) in members {
+            body.extend([self.name(name), type_id, bits]);
+        }
+        self.add(name, kind << 24 | members.len() as u32, size, &body)
+    }
+
+    pub(in crate::kernel) fn bytes(&self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        bytes.extend(0x0001_eb9fu32.to_le_bytes());
+        for word in [
+            24,
+            0,
+            self.types.len() as u32,
+            self.types.len() as u32,
+            self.names.len() as u32,
+        ] {
+            bytes.extend(word.to_le_bytes());
+        }
+        bytes.extend(&self.types);
+        bytes.extend(&self.names);
+        bytes
+    }
+
+    pub(in crate::kernel) fn parse(&self) -> Btf {
+        Btf::parse(self.bytes()).expect("BTF")
+    }
+}
+
+impl Builder {
+    /// A structure of words: each field's name, offset and size in bytes.
+    pub(in crate::kernel) fn words(
+        &mut self,
+        name: &str,
+        size: u32,
+        fields: &[(&str, u32, u32)],
+    ) -> u32 {
+        let members: Vec<_> = fields
+            .iter()
+            .map(|&(name, at, size)| (name, self.int("", size), 8 * at))
+            .collect();
+        self.compound(kind::STRUCT, name, size, &members)
+    }
+}

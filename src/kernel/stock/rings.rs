@@ -1,0 +1,285 @@
+//! From the list of trace arrays to the ring buffer that is recorded into.
+
+use std::collections::BTreeSet;
+
+use crate::ram::{Gpa, GuestRam, PAGE_SIZE};
+
+use super::super::control::RingLayout;
+use super::super::escape::escape;
+use super::super::{Gva, Symbols};
+use super::{command_line, lost, Stock, StockError, RB_BUFFER_OFF};
+
+/// A ring of less, for each CPU, is written over between two looks.
+pub(super) const SMALLEST_KB: u64 = 64;
+/// How many trace arrays, buckets and functions are looked at.
+const MAX_ARRAYS: usize = 64;
+const MAX_BUCKETS: u64 = 1 << 12;
+const MAX_FUNCTIONS: usize = 4096;
+/// CONFIG_NR_CPUS goes up to 8192 on x86-64.
+const MAX_CPUS: u32 = 8192;
+/// A sub-buffer is at most so many times twice a page.
+const MAX_ORDER: u32 = 4;
+/// Longer than the name of any tracer or instance that is shown.
+const NAME_LENGTH: usize = 64;
+
+/// The global ring buffer, or that of an instance.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TraceArray {
+    /// The instance's name, escaped; `None` for the global one.
+    pub name: Option<String>,
+    /// What its current tracer is called, escaped.
+    pub tracer: String,
+    /// Where its ring buffer is and how that is laid out.
+    pub ring: RingLayout,
+    /// How many CPUs it has buffers for.
+    pub nr_cpus: u32,
+    /// The size of the first CPU's buffer, KiB.
+    pub kb: u64,
+    /// Whether it lies in memory that was reserved at boot.
+    pub boot_mapped: bool,
+    /// Its `struct trace_array`.
+    at: Gva,
+    /// `record_disabled` of its `struct trace_buffer`.
+    record_disabled: Gpa,
+}
+
+impl TraceArray {
+    /// Whether it takes records.
+    ///
+    /// # Errors
+    /// If guest memory cannot be read.
+    pub fn recording(&self, ram: &dyn GuestRam) -> Result<bool, StockError> {
+        Ok(ram.read_u32(self.record_disabled)? & RB_BUFFER_OFF == 0)
+    }
+
+    /// Has it take records, or not: as the guest's own tracing_on does.
+    ///
+    /// # Errors
+    /// If guest memory cannot be written.
+    pub fn record(&self, ram: &dyn GuestRam, on: bool) -> Result<(), StockError> {
+        ram.change_bits(self.record_disabled, RB_BUFFER_OFF, !on)?;
+        Ok(())
+    }
+}
+
+impl Stock {
+    /// All trace arrays, as far as their pointers lead somewhere.
+    ///
+    /// # Errors
+    /// If the list itself cannot be followed.
+    pub fn arrays(&self, ram: &dyn GuestRam) -> Result<Vec<TraceArray>, StockError> {
+        let mut arrays = Vec::new();
+        let mut node = Gva(self.load(ram, self.arrays, "the list of trace arrays")?);
+        for _ in 0..MAX_ARRAYS {
+            if node == self.arrays {
+                break;
+            }
+            let at = Gva(node.0.wrapping_sub(self.offsets.array.list.into()));
+            // An instance that is just being made or removed is passed over.
+            if let Ok(array) = self.array(ram, at) {
+                arrays.push(array);
+            }
+            node = Gva(self.load(ram, node, "the list of trace arrays")?);
+        }
+        Ok(arrays)
+    }
+
+    fn array(&self, ram: &dyn GuestRam, at: Gva) -> Result<TraceArray, StockError> {
+        let (array, ring) = (&self.offsets.array, &self.offsets.ring);
+        let name = match self.load(ram, plus(at, array.name), "the name of an instance")? {
+            0 => None,
+            text => Some(self.text(ram, Gva(text))?),
+        };
+        let buffer = Gva(self.load(ram, plus(at, array.buffer), "a trace buffer")?);
+        let nr_cpus = match ring.cpus {
+            Some(offset) => self.load_u32(ram, plus(buffer, offset), "a trace buffer")?,
+            None => ram.read_u32(self.nr_cpu_ids.ok_or(StockError::Symbol("nr_cpu_ids"))?)?,
+        };
+        if nr_cpus == 0 || nr_cpus > MAX_CPUS {
+            return Err(StockError::Lost {
+                what: "a trace buffer",
+                at: buffer,
+            });
+        }
+        let order = match ring.subbuf_order {
+            Some(offset) => self.load_u32(ram, plus(buffer, offset), "a trace buffer")?,
+            None => 0,
+        };
+        let page_size = (PAGE_SIZE as u32) << order.min(MAX_ORDER);
+        let boot_mapped = match ring.range_start {
+            Some(offset) => self.load(ram, plus(buffer, offset), "a trace buffer")? != 0,
+            None => false,
+        };
+        let disabled = plus(buffer, ring.record_disabled);
+        let record_disabled = self.kernel.translate(ram, disabled);
+        let record_disabled = record_disabled.map_err(lost("a trace buffer", disabled))?;
+        let buffers = self.load(ram, plus(buffer, ring.buffers.into()), "a trace buffer")?;
+        let first = Gva(self.load(ram, Gva(buffers), "a CPU's buffer")?);
+        let pages = self.load(ram, plus(first, ring.nr_pages.into()), "a CPU's buffer")?;
+        Ok(TraceArray {
+            name,
+            tracer: self.tracer(ram, at)?,
+            ring: self.ring(buffer, page_size),
+            nr_cpus,
+            kb: pages.saturating_mul(u64::from(page_size) >> 10),
+            boot_mapped,
+            at,
+            record_disabled,
+        })
+    }
+
+    fn ring(&self, buffer: Gva, page_size: u32) -> RingLayout {
+        let ring = &self.offsets.ring;
+        RingLayout {
+            buffer,
+            page_size,
+            buffers: ring.buffers,
+            nr_pages: ring.nr_pages,
+            pages: ring.pages,
+            reader_page: ring.reader_page,
+            commit_page: ring.commit_page,
+            entries: ring.entries,
+            overrun: ring.overrun,
+            commit_overrun: ring.commit_overrun,
+            dropped: ring.dropped,
+            list: ring.list,
+            page: ring.page,
+            time_stamp: ring.time_stamp,
+            commit: ring.commit,
+            data: ring.data,
+        }
+    }
+
+    fn tracer(&self, ram: &dyn GuestRam, array: Gva) -> Result<String, StockError> {
+        let offsets = &self.offsets.array;
+        let tracer = Gva(self.load(ram, plus(array, offsets.current_trace), "the tracer")?);
+        let name = Gva(self.load(ram, plus(tracer, offsets.tracer_name), "the tracer")?);
+        self.text(ram, name)
+    }
+
+    /// Text of the guest: bounded, and escaped.
+    fn text(&self, ram: &dyn GuestRam, at: Gva) -> Result<String, StockError> {
+        let mut bytes = Vec::new();
+        while bytes.len() < NAME_LENGTH {
+            let mut byte = [0];
+            let from = plus(at, bytes.len() as u32);
+            self.kernel
+                .read(ram, from, &mut byte)
+                .map_err(lost("a name", from))?;
+            if byte == [0] {
+                break;
+            }
+            bytes.extend(byte);
+        }
+        Ok(escape(&bytes))
+    }
+
+    /// The trace array that function_graph records into; of several, one in
+    /// memory reserved at boot, since somebody set that up on purpose.
+    ///
+    /// # Errors
+    /// If there is none, with what to boot the guest with for `functions`.
+    pub fn tracing<S: AsRef<str>>(
+        &self,
+        ram: &dyn GuestRam,
+        functions: &[S],
+    ) -> Result<TraceArray, StockError> {
+        let arrays = self.arrays(ram)?;
+        let tracer = arrays
+            .iter()
+            .find(|array| array.name.is_none())
+            .map_or_else(|| "unknown".to_owned(), |array| array.tracer.clone());
+        let found = arrays
+            .into_iter()
+            .filter(|array| array.tracer == "function_graph")
+            .max_by_key(|array| array.boot_mapped);
+        let Some(found) = found else {
+            return Err(StockError::NotRunning {
+                tracer,
+                command_line: command_line(functions),
+            });
+        };
+        if found.kb < SMALLEST_KB {
+            return Err(StockError::RingTooSmall {
+                kb: found.kb,
+                command_line: command_line(functions),
+            });
+        }
+        Ok(found)
+    }
+
+    /// Whether `array` still is what it was when it was found: with the same
+    /// ring buffer, and function_graph as its tracer.
+    ///
+    /// # Errors
+    /// If its pointers lead nowhere.
+    pub fn still_traces(&self, ram: &dyn GuestRam, array: &TraceArray) -> Result<bool, StockError> {
+        let pointer = plus(array.at, self.offsets.array.buffer);
+        let buffer = Gva(self.load(ram, pointer, "a trace buffer")?);
+        Ok(buffer == array.ring.buffer && self.tracer(ram, array.at)? == array.tracer)
+    }
+
+    /// The functions that function_graph follows, as `set_graph_function`
+    /// has them; none means all.
+    ///
+    /// # Errors
+    /// If the kernel's table of them cannot be followed.
+    pub fn functions(
+        &self,
+        ram: &dyn GuestRam,
+        symbols: &Symbols,
+    ) -> Result<BTreeSet<String>, StockError> {
+        const WHAT: &str = "the table of functions to trace";
+        let offsets = &self.offsets.hash;
+        let hash = Gva(self.load(ram, self.filter, WHAT)?);
+        let bits = self.load(ram, plus(hash, offsets.size_bits), WHAT)?;
+        let buckets = Gva(self.load(ram, plus(hash, offsets.buckets), WHAT)?);
+        let count = 1u64.checked_shl(bits.min(64) as u32).unwrap_or(u64::MAX);
+        let mut names = BTreeSet::new();
+        if buckets.0 == 0 {
+            return Ok(names);
+        }
+        let mut left = MAX_FUNCTIONS;
+        for bucket in 0..count.min(MAX_BUCKETS) {
+            let slot = Gva(buckets.0.wrapping_add(8 * bucket));
+            let mut entry = Gva(self.load(ram, slot, WHAT)?);
+            while entry.0 != 0 && left > 0 {
+                left -= 1;
+                let ip = Gva(self.load(ram, plus(entry, offsets.ip), WHAT)?);
+                let name = symbols.lookup(self.kernel.link(ip));
+                names.insert(name.map_or_else(|| ip.to_string(), |(name, _)| name.to_owned()));
+                entry = Gva(self.load(ram, plus(entry, offsets.next), WHAT)?);
+            }
+        }
+        Ok(names)
+    }
+
+    /// Refuses functions other than those the guest was booted with.
+    ///
+    /// # Errors
+    /// [`StockError::OtherFunctions`], with what to boot it with.
+    pub fn require(
+        &self,
+        ram: &dyn GuestRam,
+        symbols: &Symbols,
+        functions: &[String],
+    ) -> Result<(), StockError> {
+        let booted = self.functions(ram, symbols)?;
+        if booted.iter().eq(functions.iter().collect::<BTreeSet<_>>()) {
+            return Ok(());
+        }
+        let booted = if booted.is_empty() {
+            "all of them".to_owned()
+        } else {
+            Vec::from_iter(booted).join(", ")
+        };
+        Err(StockError::OtherFunctions {
+            booted,
+            command_line: command_line(functions),
+        })
+    }
+}
+
+fn plus(at: Gva, offset: u32) -> Gva {
+    at.wrapping_add(offset.into())
+}
