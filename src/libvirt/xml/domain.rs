@@ -22,6 +22,8 @@ pub struct DomainXml {
     pub machine: Option<String>,
     /// The processor's architecture, for instance `x86_64`.
     pub arch: Option<String>,
+    /// Whether libvirt is given the kernel that it boots (`<os><kernel>`).
+    pub boots_kernel: bool,
     /// What the memory is made of.
     pub backing: MemoryBacking,
     /// The NUMA cells of the guest, in order; empty where it has none.
@@ -175,6 +177,7 @@ impl DomainXml {
             memory: reader.memory()?,
             machine: of_os("machine")?,
             arch: of_os("arch")?,
+            boots_kernel: outline.path(&["os", "kernel"])?.is_some(),
             backing: reader.backing()?,
             numa: reader.numa()?,
             modules: reader.modules()?,

@@ -22,6 +22,8 @@ pub struct Enrolled {
     pub changed: bool,
     /// Whether its memory changed, which takes effect at the next start.
     pub memory_changed: bool,
+    /// Whether its kernel's command line changed, which does so too.
+    pub cmdline_changed: bool,
 }
 
 /// Puts shared file memory and xftrace's metadata into a domain's XML.
@@ -41,10 +43,24 @@ pub fn enroll(xml: &str, wanted: &Trace) -> Result<Enrolled, XmlError> {
     let memory_changed = !editor.edits.is_empty();
 
     let mut wanted = wanted.clone();
+    let old = domain.trace.as_ref();
+    let edits = editor.edits.len();
+    let cmdline_before = editor.boot_with(
+        old.and_then(|trace| trace.cmdline.as_deref()),
+        wanted.cmdline.as_deref(),
+        old.and_then(|trace| trace.before.cmdline),
+    )?;
+    let cmdline_changed = editor.edits.len() > edits;
+    if !domain.boots_kernel {
+        wanted.cmdline = None;
+    }
     match (trace::find(&outline)?, &domain.trace) {
         (Some(at), Some(is)) => {
             wanted.required |= is.required;
-            wanted.before = before.or(is.before);
+            wanted.before = Before {
+                cmdline: cmdline_before,
+                ..before.or(is.before)
+            };
             let same = wanted.before == is.before && wanted.same_options(is);
             if !same || !is.problems.is_empty() {
                 editor.replace(outline.get(at).whole(), wanted.element());
@@ -52,6 +68,7 @@ pub fn enroll(xml: &str, wanted: &Trace) -> Result<Enrolled, XmlError> {
         }
         _ => {
             before.metadata = editor.metadata_before()?;
+            before.cmdline = cmdline_before;
             wanted.before = before;
             editor.add_metadata(&wanted)?;
         }
@@ -59,6 +76,7 @@ pub fn enroll(xml: &str, wanted: &Trace) -> Result<Enrolled, XmlError> {
     Ok(Enrolled {
         changed: !editor.edits.is_empty(),
         memory_changed,
+        cmdline_changed,
         xml: editor.done(),
     })
 }
@@ -76,9 +94,12 @@ pub fn unenroll(xml: &str) -> Result<Option<String>, XmlError> {
     let Some(at) = trace::find(&outline)? else {
         return Ok(None);
     };
-    let before = Trace::read(&outline, at)?.before;
+    let Trace {
+        before, cmdline, ..
+    } = Trace::read(&outline, at)?;
     let mut editor = Editor::new(&outline);
     editor.restore_memory(before)?;
+    editor.boot_with(cmdline.as_deref(), None, before.cmdline)?;
     if let Some(metadata) = outline.child(ROOT, "metadata")? {
         let ours = editor.with_space_before(outline.get(at).whole());
         editor.cut(metadata, vec![ours], before.metadata);
@@ -108,13 +129,13 @@ fn check_supported(domain: &DomainXml) -> Result<(), XmlError> {
 }
 
 /// A change of the text: what comes in the place of a range of bytes.
-struct Edit {
+pub(super) struct Edit {
     at: Range<usize>,
     text: String,
 }
 
-struct Editor<'o, 'a> {
-    outline: &'o Outline<'a>,
+pub(super) struct Editor<'o, 'a> {
+    pub(super) outline: &'o Outline<'a>,
     edits: Vec<Edit>,
 }
 
@@ -126,7 +147,7 @@ impl<'o, 'a> Editor<'o, 'a> {
         }
     }
 
-    fn replace(&mut self, at: Range<usize>, text: String) {
+    pub(super) fn replace(&mut self, at: Range<usize>, text: String) {
         self.edits.push(Edit { at, text });
     }
 
@@ -294,7 +315,7 @@ impl<'o, 'a> Editor<'o, 'a> {
     }
 
     /// Opens an empty-element tag and puts a content into it.
-    fn fill(&mut self, at: Index, content: &str) {
+    pub(super) fn fill(&mut self, at: Index, content: &str) {
         let element = self.outline.get(at);
         let end = element.open.end;
         // `/>`: the only way in which such a tag ends.
@@ -347,7 +368,7 @@ impl<'o, 'a> Editor<'o, 'a> {
 
     /// The line break and the indentation before an element; empty where it
     /// does not start a line.
-    fn indent(&self, of: Index) -> String {
+    pub(super) fn indent(&self, of: Index) -> String {
         let space = self.space_before(self.outline.get(of).open.start);
         match space.rfind('\n') {
             Some(at) => space[at..].to_owned(),
@@ -355,7 +376,7 @@ impl<'o, 'a> Editor<'o, 'a> {
         }
     }
 
-    fn with_space_before(&self, range: Range<usize>) -> Range<usize> {
+    pub(super) fn with_space_before(&self, range: Range<usize>) -> Range<usize> {
         range.start - self.space_before(range.start).len()..range.end
     }
 

@@ -11,6 +11,7 @@
 //! its place, so that comments, unknown elements and white space elsewhere are
 //! kept as they are. Nothing is serialised from a model.
 
+mod cmdline;
 mod domain;
 mod edit;
 mod outline;

@@ -321,7 +321,7 @@ impl<'a> Scan<'a> {
         let grandparent = &self.elements[grandparent];
         match (grandparent.parent, grandparent.name, parent.name) {
             (None, _, "metadata" | "memoryBacking") => true,
-            (None, _, "os") => name == "type",
+            (None, _, "os") => matches!(name, "type" | "kernel" | "initrd" | "cmdline"),
             (None, _, "cpu") => name == "numa",
             (None, _, "devices") => name == "memory",
             (Some(ROOT), "cpu", "numa") => name == "cell",

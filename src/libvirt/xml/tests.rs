@@ -42,6 +42,83 @@ fn options() -> Trace {
     }
 }
 
+/// A domain that boots a kernel directly, with this in its `<os>`.
+fn direct(os: &str) -> String {
+    let kernel = "\n    <kernel>/boot/vmlinuz</kernel>";
+    PLAIN.replace("hvm</type>", &format!("hvm</type>{kernel}{os}"))
+}
+
+fn plain(cmdline: &str) -> Trace {
+    Trace {
+        cmdline: Some(cmdline.to_owned()),
+        ..options()
+    }
+}
+
+#[test]
+fn what_a_kernel_is_booted_with_is_put_in_and_taken_out_again() {
+    let (first, second) = ("ftrace=x a=b,c", "ftrace=y <&>");
+    for (os, one, two) in [
+        ("", first, "ftrace=y &lt;&amp;&gt;"),
+        (
+            "\n    <cmdline>quiet</cmdline>",
+            "quiet ftrace=x a=b,c",
+            "quiet ftrace=y &lt;&amp;&gt;",
+        ),
+        ("\n    <cmdline/>", first, "ftrace=y &lt;&amp;&gt;"),
+        (
+            "\n    <initrd>/i</initrd>\n    <cmdline>a  b </cmdline>",
+            "a  b  ftrace=x a=b,c",
+            "a  b  ftrace=y &lt;&amp;&gt;",
+        ),
+    ] {
+        let before = direct(os);
+        let enrolled = enroll(&before, &plain(first)).unwrap();
+        assert!(enrolled.cmdline_changed);
+        let has = |xml: &str, text: &str| {
+            let line = format!("<cmdline>{text}</cmdline>");
+            assert_eq!(xml.matches("<cmdline").count(), 1, "{xml}");
+            assert!(xml.contains(&line), "no {line} in\n{xml}");
+        };
+        has(&enrolled.xml, one);
+        let same = enroll(&enrolled.xml, &plain(first)).unwrap();
+        assert!(!same.changed, "enrolled like this already");
+        // Other functions: other parameters, in the place of the first.
+        let again = enroll(&enrolled.xml, &plain(second)).unwrap();
+        has(&again.xml, two);
+        for xml in [&enrolled.xml, &again.xml] {
+            assert_eq!(unenroll(xml).unwrap().as_deref(), Some(before.as_str()));
+        }
+        // Without it again, though still enrolled.
+        let keyed = enroll(&again.xml, &options()).unwrap();
+        assert_eq!(keyed.xml, enroll(&before, &options()).unwrap().xml);
+    }
+}
+
+#[test]
+fn a_domain_that_boots_no_kernel_directly_gets_no_command_line() {
+    let enrolled = enroll(PLAIN, &plain("ftrace=x")).unwrap();
+    assert!(!enrolled.cmdline_changed);
+    assert!(!enrolled.xml.contains("ftrace=x"), "{}", enrolled.xml);
+}
+
+#[test]
+fn what_somebody_made_of_the_command_line_since_stays() {
+    let enrolled = enroll(
+        &direct("\n    <cmdline>quiet</cmdline>"),
+        &plain("ftrace=x"),
+    )
+    .unwrap();
+    let edited = enrolled
+        .xml
+        .replace("quiet ftrace=x", "quiet ftrace=x debug");
+    let after = unenroll(&edited).unwrap().unwrap();
+    assert!(after.contains("<cmdline>quiet debug</cmdline>"), "{after}");
+    let other = enrolled.xml.replace("quiet ftrace=x", "mine");
+    let after = unenroll(&other).unwrap().unwrap();
+    assert!(after.contains("<cmdline>mine</cmdline>"), "{after}");
+}
+
 #[test]
 fn reads_what_it_needs() {
     let domain = DomainXml::parse(PLAIN).unwrap();

@@ -2,7 +2,8 @@
 //!
 //! ```xml
 //! <xftrace:trace xmlns:xftrace="urn:xftrace:domain:1.0" functions="sys_openat,sys_read"
-//!     interval="1s" at-start="yes" required="no" symbols="/path" before="no-source,no-access"/>
+//!     interval="1s" at-start="yes" required="no" symbols="/path" cmdline="ftrace=.."
+//!     before="no-source,no-access"/>
 //! ```
 //!
 //! Every attribute may be missing. One that makes no sense is left out and
@@ -41,6 +42,9 @@ pub struct Trace {
     pub required: bool,
     /// The System.map of the guest's kernel, absolute. None: found by banner.
     pub symbols: Option<PathBuf>,
+    /// What enrolling put on the command line of the kernel that the domain
+    /// boots directly.
+    pub cmdline: Option<String>,
     /// What is wrong in the element, one text each.
     pub problems: Vec<String>,
     /// What the XML was before it was enrolled.
@@ -59,6 +63,8 @@ pub(super) struct Before {
     pub(super) source: Option<Setting>,
     /// `<access>` in it.
     pub(super) access: Option<Setting>,
+    /// `<cmdline>` of `<os>`.
+    pub(super) cmdline: Option<Was>,
 }
 
 /// What an element was that enrolling put something in.
@@ -81,12 +87,13 @@ pub(super) enum Setting {
 }
 
 /// The words that the attribute `before` is made of.
-const WORDS: [(&str, Before); 8] = {
+const WORDS: [(&str, Before); 10] = {
     const NONE: Before = Before {
         metadata: None,
         backing: None,
         source: None,
         access: None,
+        cmdline: None,
     };
     [
         (
@@ -145,6 +152,20 @@ const WORDS: [(&str, Before); 8] = {
                 ..NONE
             },
         ),
+        (
+            "no-cmdline",
+            Before {
+                cmdline: Some(Was::Absent),
+                ..NONE
+            },
+        ),
+        (
+            "empty-cmdline",
+            Before {
+                cmdline: Some(Was::EmptyTag),
+                ..NONE
+            },
+        ),
     ]
 };
 
@@ -156,6 +177,7 @@ impl Before {
             backing: self.backing.or(other.backing),
             source: self.source.or(other.source),
             access: self.access.or(other.access),
+            cmdline: self.cmdline.or(other.cmdline),
         }
     }
 
@@ -214,6 +236,7 @@ impl Trace {
             "at-start" => self.at_start = yes_or_no(value)?,
             "required" => self.required = yes_or_no(value)?,
             "symbols" => self.symbols = Some(absolute(value)?),
+            "cmdline" => self.cmdline = Some(printable(value)?),
             "before" => self.before = Before::parse(value)?,
             _ => {}
         }
@@ -257,6 +280,9 @@ impl Trace {
         }
         if let Some(symbols) = &self.symbols {
             add("symbols", &symbols.to_string_lossy());
+        }
+        if let Some(cmdline) = &self.cmdline {
+            add("cmdline", cmdline);
         }
         if self.before != Before::default() {
             add("before", &self.before.to_string());
@@ -333,6 +359,14 @@ fn yes_or_no(text: &str) -> Result<bool, String> {
         "no" => Ok(false),
         other => Err(format!("{other:?} is neither \"yes\" nor \"no\"")),
     }
+}
+
+/// Text without control characters, and not empty.
+fn printable(text: &str) -> Result<String, String> {
+    if text.is_empty() || text.chars().any(char::is_control) {
+        return Err(format!("{text:?} is empty or has control characters"));
+    }
+    Ok(text.to_owned())
 }
 
 /// An absolute path without control characters, which XML could not carry and
