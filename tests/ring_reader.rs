@@ -15,7 +15,7 @@ use xftrace::kernel::{Gva, Kernel};
 use xftrace::keys::{Entry, KeyHistory};
 use xftrace::ram::{Gpa, Layout, VecRam};
 use xftrace::ring::record::What;
-use xftrace::ring::{Chunk, CodeMap, Decoder, RingReader};
+use xftrace::ring::{events, Chunk, Clock, CodeMap, Decoder, Gap, RingReader};
 
 const KEY: u64 = 0x0123_4567_89ab_cdef;
 const FUNC: u64 = 0xffff_ffff_8100_0100;
@@ -253,6 +253,22 @@ fn decode(chunks: &[Chunk]) -> Out {
     out
 }
 
+/// Records without numbers tell of no hole: for them, each must have a gap
+/// noted in front of it.
+fn hole_without_a_gap(chunks: &[Chunk]) -> Option<&Chunk> {
+    let mut next = None;
+    chunks.iter().find(|chunk| {
+        let events = events(&chunk.bytes, Clock(0)).filter_map(Result::ok);
+        let seq = |payload: &[u8]| Some(u32::from_le_bytes(*payload.get(28..)?.first_chunk()?));
+        let mut hole = false;
+        for (at, seq) in events.filter_map(|event| seq(event.payload)).enumerate() {
+            let expected = next.replace(seq + 1);
+            hole |= expected.is_some_and(|next| next != seq) && (at > 0 || chunk.gap.is_none());
+        }
+        hole
+    })
+}
+
 fn kernel() -> Kernel {
     Guest::new().kernel()
 }
@@ -296,6 +312,84 @@ fn what_was_written_is_read_once_and_in_order() {
     );
     assert_eq!((out.seqs, out.lost), ((0..written).collect::<Vec<_>>(), 0));
     assert!(out.wrong.is_empty());
+}
+
+#[test]
+fn a_reader_that_begins_later_takes_nothing_older_and_knows_the_time() {
+    let writer = Arc::new(Mutex::new(Writer::new(8)));
+    let guest = guest(Arc::clone(&writer), Vec::new());
+    let write = |records: u32| {
+        let mut writer = writer.lock().expect("the writer");
+        (0..records).for_each(|_| writer.record(700));
+        while !writer.stores.is_empty() {
+            writer.step(&guest.ram);
+        }
+        writer.time
+    };
+    // Once around, so that what begins later begins in the middle of a page.
+    let begun = write(1000);
+    let mut reader = RingReader::new(kernel(), layout(), 1, 0);
+    let mut chunks = Vec::new();
+    let mut keep = |chunk| chunks.push(chunk);
+    reader.begin_here(&guest.ram, &mut keep).expect("a round");
+    write(100);
+    reader.drain(&guest.ram, &mut keep).expect("a round");
+    assert_eq!(chunks[0].gap, Some(Gap::Earlier));
+    assert!(chunks[1].offset > 0 && chunks[1..].iter().all(|chunk| chunk.gap.is_none()));
+
+    let mut keys = KeyHistory::default();
+    keys.push(Entry {
+        epoch: 1,
+        key: KEY,
+        wall_ns: 0,
+        mono_ns: 0,
+    });
+    let mut decoder = Decoder::new(TYPES, 1);
+    let mut calls = Vec::new();
+    for chunk in &chunks {
+        decoder.chunk(chunk, &keys, &Code, &mut |item| {
+            if let What::Call(call) = item.what {
+                calls.push((call.seq, item.time));
+            }
+        });
+    }
+    let expected: Vec<_> = (0..100)
+        .map(|n| (1000 + n, begun + 700 * (n + 1)))
+        .collect();
+    assert_eq!(calls, expected);
+}
+
+#[test]
+fn a_page_that_is_taken_between_two_looks_is_a_gap() {
+    let mut writer = Writer::new(2);
+    let ram = VecRam::new(Layout::flat(Plan::default().ram).expect("a layout"));
+    (0..150).for_each(|_| writer.record(700));
+    while !writer.stores.is_empty() {
+        writer.step(&ram);
+    }
+    // The second look at the first page is the one before it is copied.
+    (0..60).for_each(|_| writer.record(700));
+    let (writer, looks) = (Mutex::new(writer), Mutex::new(0));
+    let ram = ram.with_hook(move |ram, gpa, _| {
+        let mut looks = looks.lock().expect("a count");
+        *looks += u32::from(gpa == Writer::page(0));
+        let mut writer = writer.lock().expect("the writer");
+        while *looks == 2 && !writer.stores.is_empty() {
+            writer.step(ram);
+        }
+    });
+    let guest = Guest::load(Plan::default(), ram);
+    let mut reader = RingReader::new(kernel(), layout(), 1, 0);
+    let mut chunks = Vec::new();
+    for _ in 0..2 {
+        reader
+            .drain(&guest.ram, &mut |chunk| chunks.push(chunk))
+            .expect("a round");
+    }
+    let gaps: Vec<_> = chunks.iter().map(|chunk| chunk.gap).collect();
+    assert_eq!(gaps, [Some(Gap::Overrun), None]);
+    let out = decode(&chunks);
+    assert_eq!((out.seqs.first(), out.seqs.last()), (Some(&92), Some(&209)));
 }
 
 #[test]
@@ -396,6 +490,7 @@ proptest! {
         let out = decode(&chunks);
         let written = u64::from(writer.lock().expect("the writer").seq);
         prop_assert!(out.wrong.is_empty(), "{:?}", out.wrong.first());
+        prop_assert!(hole_without_a_gap(&chunks).is_none(), "{:?}", hole_without_a_gap(&chunks));
         prop_assert!(out.seqs.windows(2).all(|pair| pair[0] < pair[1]), "out of order or twice");
         prop_assert_eq!(out.seqs.len() as u64 + out.lost, written);
         prop_assert_eq!(out.seqs.last().copied(), written.checked_sub(1));

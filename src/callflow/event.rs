@@ -60,7 +60,7 @@ pub struct Opened<'n> {
     pub task: Task,
     /// The function entered.
     pub func: Place<'n>,
-    /// Where it was called from.
+    /// Where it was called from; address 0 where that is [`Origin::Untold`].
     pub caller: Place<'n>,
     /// How that fits.
     pub origin: Origin,
@@ -73,7 +73,7 @@ pub struct Opened<'n> {
     /// Calls around it were not seen, and no loss or start of the trace
     /// accounts for them.
     pub gap: bool,
-    /// The key epoch of its record.
+    /// The key epoch of its record; 0 if it has none (plain).
     pub epoch: u64,
 }
 
@@ -94,6 +94,8 @@ pub enum Origin {
     Module,
     /// Where no kernel code belongs.
     Outside,
+    /// Its record does not tell (plain).
+    Untold,
 }
 
 impl Origin {
@@ -101,6 +103,7 @@ impl Origin {
     /// around which is `parent`, if it was seen.
     pub(super) fn judge(caller: &Place<'_>, depth: u16, parent: Option<&Place<'_>>) -> Self {
         match (caller.name.kind, parent) {
+            _ if caller.address.0 == 0 => Self::Untold,
             (Kind::Outside, _) => Self::Outside,
             (_, Some(_)) if caller.is_return_handler() => Self::TailCall,
             (_, Some(parent)) if Self::lies_in(caller, parent) => Self::Inside,

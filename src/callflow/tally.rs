@@ -294,8 +294,11 @@ pub struct Epochs {
 }
 
 impl Epochs {
-    /// Notes a record's epoch.
+    /// Notes a record's epoch; 0 is that of a record without one.
     pub(super) fn note(epochs: &mut Option<Self>, epoch: u64) {
+        if epoch == 0 {
+            return;
+        }
         let Some(all) = epochs else {
             *epochs = Some(Self {
                 first: epoch,
@@ -340,7 +343,8 @@ mod tests {
     fn epochs_are_counted_once_in_whatever_order_cpus_use_them() {
         assert_eq!(epochs(&[3, 4, 3, 4, 6, 5, 6, 5]), (3, 6, 4));
         assert_eq!(epochs(&[100, 36, 100, 37, 37]), (36, 100, 2));
-        assert_eq!(epochs(&[0, u64::MAX, 0]), (0, u64::MAX, 2));
+        assert_eq!(epochs(&[1, u64::MAX, 1]), (1, u64::MAX, 2));
+        assert_eq!(epochs(&[0, 7, 0]), (7, 7, 1), "0 is none");
     }
 
     #[test]

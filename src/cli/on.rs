@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::{client, out, target, Context, Exit};
 use crate::cli::args::OnArgs;
 use crate::helper::protocol::{Reply, Request};
+use crate::session::Mode;
 
 /// Runs the command.
 pub(super) fn run(context: &Context, args: &OnArgs) -> anyhow::Result<Exit> {
@@ -20,19 +21,24 @@ pub(super) fn run(context: &Context, args: &OnArgs) -> anyhow::Result<Exit> {
         session,
         pickup_ns,
         worked_ns,
+        mode,
     } = client::ask(context, &config, &domain, &request)?
     else {
         anyhow::bail!("the helper's answer is none to 'on'; is it of another version?");
     };
     let millis = |ns| Duration::from_nanos(ns).as_millis();
+    let how = match mode {
+        Mode::Keyed => format!(
+            "the guest took it up after {} ms and patched its call sites in {} ms",
+            millis(pickup_ns),
+            millis(worked_ns)
+        ),
+        Mode::Plain => format!("mode {}", mode.text()),
+    };
     out::message(&format!(
-        "tracing {} in domain '{}'\n\
-         xftrace: the guest took it up after {} ms and patched its call sites in {} ms\n\
-         xftrace: recording to {}",
+        "tracing {} in domain '{}'\nxftrace: {how}\nxftrace: recording to {}",
         functions.join(" "),
         client::name(&domain),
-        millis(pickup_ns),
-        millis(worked_ns),
         session.display()
     ));
     Ok(Exit::Done)

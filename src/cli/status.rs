@@ -75,10 +75,17 @@ fn print(out: &mut impl Write, status: &Status) -> std::io::Result<()> {
             levels,
             silent_ms,
             symbols,
+            mode,
+            cannot,
+            ..
         } => {
             writeln!(out, "  kernel   {banner}")?;
-            writeln!(out, "           slide {slide:#x}, {levels}-level paging, last heartbeat {silent_ms} ms ago")?;
+            writeln!(out, "           slide {slide:#x}, {levels}-level paging, last sign of life {silent_ms} ms ago")?;
             writeln!(out, "  symbols  {}", symbols.display())?;
+            writeln!(out, "  mode     {}", mode.text())?;
+            if let Some(why) = cannot {
+                writeln!(out, "           cannot be traced as it is: {why}")?;
+            }
         }
     }
     let Some(trace) = &status.trace else {
@@ -92,7 +99,7 @@ fn print(out: &mut impl Write, status: &Status) -> std::io::Result<()> {
     writeln!(
         out,
         "  trace    on ({}): {}",
-        trace.mode,
+        trace.mode.name(),
         trace.functions.join(" ")
     )?;
     writeln!(
@@ -101,14 +108,16 @@ fn print(out: &mut impl Write, status: &Status) -> std::io::Result<()> {
         trace.session.display(),
         trace.stored
     )?;
-    writeln!(
-        out,
-        "  keys     epoch {}, one each {}; {} intervals without one; {} changed by the guest",
-        trace.epoch,
-        humantime::format_duration(Duration::from_nanos(trace.interval_ns)),
-        counters.late_keys,
-        counters.tampered
-    )?;
+    match trace.epoch {
+        Some(epoch) => writeln!(
+            out,
+            "  keys     epoch {epoch}, one each {}; {} intervals without one; {} changed by the guest",
+            humantime::format_duration(Duration::from_nanos(trace.interval_ns)),
+            counters.late_keys,
+            counters.tampered
+        )?,
+        None => writeln!(out, "  keys     none")?,
+    }
     writeln!(out, "  boot     {} of the session", trace.boot)?;
     writeln!(
         out,

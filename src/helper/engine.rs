@@ -12,9 +12,10 @@ use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 
 use crate::config::Config;
 use crate::kernel::control::SwitchState;
+use crate::kernel::stock::command_line;
 use crate::libvirt::enrolment::Enrolment;
 use crate::libvirt::xml::DomainXml;
-use crate::session::{EndReason, Finding, FindingKind, Meta, State};
+use crate::session::{EndReason, Finding, FindingKind, Meta, Mode, State};
 
 use super::protocol::{GuestStatus, Reply, Request, Status, TraceStatus};
 use super::ratelimit::{RateLimit, Verdict};
@@ -258,6 +259,12 @@ impl Engine {
         // The first look, for the clock.
         self.look()?;
         if let Some(trace) = &mut self.trace {
+            let mode = guest.link.mode();
+            anyhow::ensure!(
+                trace.writer.meta.mode == mode,
+                "the guest has booted a kernel whose records are {}: that is no part of this session",
+                mode.text()
+            );
             trace.guest_gone();
             trace.boot(&guest, &self.watch)?;
             return match self.switch_again() {
@@ -299,7 +306,7 @@ impl Engine {
             if meta.state == State::Closed || meta.uuid != self.domain.uuid {
                 continue;
             }
-            if meta.qemu != self.attached.qemu || resumed {
+            if meta.qemu != self.attached.qemu || meta.mode != guest.link.mode() || resumed {
                 meta.state = State::Closed;
                 meta.end = Some(EndReason::VmEnded);
                 meta.save(&dir)?;
@@ -331,15 +338,15 @@ impl Engine {
 
     /// Tells when somebody in the guest switched the tracer off.
     fn notice_tracer_off(&mut self) -> anyhow::Result<()> {
-        let (Some(trace), Some(beat)) = (&mut self.trace, self.watch.heartbeat()) else {
+        let Some(trace) = &mut self.trace else {
             return Ok(());
         };
-        if beat.state != SwitchState::On || self.watch.busy() {
+        let Some((tracer, recording)) = trace.tracing(&self.watch) else {
             return Ok(());
-        }
+        };
         let looked_at = [
-            (beat.tracer, FindingKind::TracerOff),
-            (beat.recording, FindingKind::RecordingOff),
+            (tracer, FindingKind::TracerOff),
+            (recording, FindingKind::RecordingOff),
         ];
         for ((is_on, kind), told) in looked_at.into_iter().zip(&mut self.told_off) {
             if is_on {
@@ -381,16 +388,43 @@ impl Engine {
         Ok(())
     }
 
+    /// What the guest has to be booted with for the functions that the domain
+    /// is enrolled with, and why these could not be traced as it is now.
+    fn boot_needs(&self, guest: &super::watch::Guest) -> (Option<String>, Option<String>) {
+        let (Mode::Plain, Some(enrolment)) = (guest.link.mode(), &self.enrolment) else {
+            return (None, None);
+        };
+        let full = |name: &String| {
+            let found = guest.symbols.resolve_function(name);
+            found.map_or_else(|_| name.clone(), |found| found.name)
+        };
+        let functions: Vec<String> = enrolment.functions.iter().map(full).collect();
+        let why = match &self.trace {
+            Some(_) => None,
+            None => guest
+                .link
+                .refuses(&*self.attached.ram, &guest.symbols, &functions),
+        };
+        let needs = command_line(&functions);
+        (Some(needs), why.map(|why| why.to_string()))
+    }
+
     pub(super) fn publish(&mut self) {
         self.status_at = Instant::now();
         let guest = match &self.watch.guest {
-            Some(guest) => GuestStatus::Alive {
-                banner: guest.kernel.banner.trim_end().escape_debug().to_string(),
-                symbols: guest.symbols_path.clone(),
-                slide: guest.kernel.slide,
-                levels: guest.kernel.levels,
-                silent_ms: self.watch.silent().as_millis() as u64,
-            },
+            Some(guest) => {
+                let (command_line, cannot) = self.boot_needs(guest);
+                GuestStatus::Alive {
+                    banner: guest.kernel.banner.trim_end().escape_debug().to_string(),
+                    symbols: guest.symbols_path.clone(),
+                    slide: guest.kernel.slide,
+                    levels: guest.kernel.levels,
+                    silent_ms: self.watch.silent().as_millis() as u64,
+                    mode: guest.link.mode(),
+                    cannot,
+                    command_line,
+                }
+            }
             None => GuestStatus::Searching {
                 why: self.watch.why.clone(),
             },
@@ -399,11 +433,11 @@ impl Engine {
             let meta = &trace.writer.meta;
             TraceStatus {
                 session: trace.writer.dir().to_owned(),
-                mode: "keyed".to_owned(),
+                mode: meta.mode,
                 functions: meta.functions().to_vec(),
                 since_ns: meta.started_ns,
                 interval_ns: meta.interval_ns,
-                epoch: trace.keys.epoch(),
+                epoch: trace.keys.thread().map(super::keyring::KeyThread::epoch),
                 boot: meta.boots.last().map_or(0, |boot| boot.number),
                 stored: trace.writer.size(),
                 counters: meta.counters,

@@ -9,6 +9,7 @@ use crate::kernel::control::Control;
 use crate::keys::{KeyController, KeyError, KeyHistory, Klog, Tamper};
 use crate::ram::GuestRam;
 
+use super::link::Link;
 use super::watch::{wall_ns, Liveness};
 
 /// What was handed out is compared at least this often.
@@ -32,6 +33,39 @@ pub(super) struct Shared {
     target: Mutex<Option<(Control, bool)>>,
     stop: AtomicBool,
     wake: (Mutex<()>, Condvar),
+}
+
+/// Where a session's keys come from.
+#[derive(Debug)]
+pub(super) enum Keys {
+    /// A thread hands them out.
+    Handed(KeyThread),
+    /// There are none: mode plain.
+    None,
+}
+
+impl Keys {
+    /// The keys so far, for decoding what was just read.
+    pub(super) fn with_history<R>(&self, look: impl FnOnce(&KeyHistory) -> R) -> R {
+        match self.thread() {
+            Some(keys) => look(
+                &keys
+                    .shared
+                    .history
+                    .read()
+                    .unwrap_or_else(PoisonError::into_inner),
+            ),
+            None => look(&KeyHistory::default()),
+        }
+    }
+
+    /// The thread, where there is one.
+    pub(super) fn thread(&self) -> Option<&KeyThread> {
+        match self {
+            Self::Handed(keys) => Some(keys),
+            Self::None => None,
+        }
+    }
 }
 
 /// The thread, and what is shared with it. Stops when dropped.
@@ -166,7 +200,7 @@ impl Shared {
             if new {
                 keys.rebooted(control.keys(), control.ident.key_slots);
             }
-            if !liveness.is_fresh(ram, &control) {
+            if !liveness.is_fresh(ram, &Link::Keyed(control)) {
                 not_before = Instant::now() + TRY_EVERY;
                 continue;
             }
@@ -183,7 +217,9 @@ impl Shared {
                 self.late.fetch_add(behind as u64, Ordering::Relaxed);
                 due = now;
             }
-            match self.rotate(&mut keys, ram, || liveness.is_fresh(ram, &control)) {
+            match self.rotate(&mut keys, ram, || {
+                liveness.is_fresh(ram, &Link::Keyed(control))
+            }) {
                 Ok(()) => {
                     if new {
                         let mut target = lock(&self.target);

@@ -19,8 +19,10 @@
 //! else. It never stops the guest, and the guest's end is its own.
 
 mod attach;
+mod clocks;
 mod engine;
 mod keyring;
+mod link;
 pub mod protocol;
 mod ratelimit;
 mod requests;

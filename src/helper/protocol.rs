@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::libvirt::run_dir::RunDir;
-use crate::session::{Counters, QemuProcess};
+use crate::session::{Counters, Mode, QemuProcess};
 
 /// A line longer than this is not ours.
 const LINE_LIMIT: u64 = 1 << 20;
@@ -57,6 +57,8 @@ pub enum Reply {
         pickup_ns: u64,
         /// How long its kernel worked on it, nanoseconds.
         worked_ns: u64,
+        /// How far the records can be trusted.
+        mode: Mode,
     },
     /// To [`Request::Off`]: the session is closed.
     Off {
@@ -114,8 +116,15 @@ pub enum GuestStatus {
         slide: u64,
         /// Levels of its page tables.
         levels: u8,
-        /// Since the last heartbeat, milliseconds.
+        /// Since the last sign of life, milliseconds.
         silent_ms: u64,
+        /// How far its records can be trusted.
+        mode: Mode,
+        /// Why the functions that the domain is enrolled with cannot be traced
+        /// as it is booted.
+        cannot: Option<String>,
+        /// In plain mode: what to boot it with for these functions.
+        command_line: Option<String>,
     },
 }
 
@@ -124,16 +133,16 @@ pub enum GuestStatus {
 pub struct TraceStatus {
     /// The session.
     pub session: PathBuf,
-    /// `keyed`.
-    pub mode: String,
+    /// How far its records can be trusted.
+    pub mode: Mode,
     /// What is traced.
     pub functions: Vec<String>,
     /// Since when, nanoseconds since 1970.
     pub since_ns: u64,
     /// How long a key lasts, nanoseconds.
     pub interval_ns: u64,
-    /// The key in use.
-    pub epoch: u64,
+    /// The key in use; none in plain mode.
+    pub epoch: Option<u64>,
     /// Which boot of the guest this is, from 1 on.
     pub boot: u32,
     /// Bytes of ring buffer stored.

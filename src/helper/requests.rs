@@ -58,6 +58,19 @@ impl Engine {
         }
         let (names, addresses) = self.resolve(&functions)?;
         let guest = self.alive()?;
+        let mode = guest.link.mode();
+        if let Some(why) = guest
+            .link
+            .refuses(&*self.attached.ram, &guest.symbols, &names)
+        {
+            return Err(why.into());
+        }
+        if mode == Mode::Plain && (interval_ns.is_some() || buffer_kb.is_some()) {
+            anyhow::bail!(
+                "--interval and --buffer-size need a guest with the xftrace patch: this one has \
+                 no keys, and its buffer's size is set at its boot (trace_buf_size=)"
+            );
+        }
         let fresh = self.trace.is_none();
         if fresh {
             let interval = interval_ns.map_or(own_interval, Duration::from_nanos);
@@ -66,7 +79,7 @@ impl Engine {
                 version: 1,
                 domain: self.domain.name.clone(),
                 uuid: self.domain.uuid,
-                mode: Mode::Keyed,
+                mode,
                 state: State::Open,
                 qemu: self.attached.qemu,
                 started_ns: wall_ns(),
@@ -76,6 +89,7 @@ impl Engine {
                 switches: Vec::new(),
                 boots: Vec::new(),
                 counters: Default::default(),
+                guest_counts: (mode == Mode::Plain).then(Default::default),
             };
             let ram = Arc::clone(&self.attached.ram);
             self.trace = Some(Trace::begin(&dir, meta, &guest, &self.watch, ram)?);
@@ -109,6 +123,7 @@ impl Engine {
             session: trace.writer.dir().to_owned(),
             pickup_ns: turn.pickup_ns,
             worked_ns: turn.worked_ns,
+            mode,
         };
         trace.switched(turn)?;
         Ok(reply)

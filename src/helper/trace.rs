@@ -1,10 +1,12 @@
 //! One open session: from the first key to the closed directory.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::keys::{KeyError, KeyHistory, Klog};
+use crate::kernel::control::SwitchState;
+use crate::kernel::stock::{StockError, TraceArray};
+use crate::keys::{KeyError, KeyHistory, Klog, KlogError};
 use crate::ram::GuestRam;
 use crate::ring::record::What;
 use crate::ring::{Chunk, Decoder, Drained, Gap, RingError, RingReader};
@@ -13,7 +15,9 @@ use crate::session::{
     SwitchChange, FINDINGS_FILE, KLOG_FILE,
 };
 
-use super::keyring::KeyThread;
+use super::clocks::Clocks;
+use super::keyring::{KeyThread, Keys};
+use super::link::{Link, LinkError};
 use super::ratelimit::{RateLimit, Verdict};
 use super::watch::{wall_ns, Guest, Watch};
 
@@ -36,12 +40,16 @@ pub(super) enum TraceError {
     Keys(#[from] KeyError),
     #[error(transparent)]
     Ring(#[from] RingError),
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    #[error(transparent)]
+    Stock(#[from] StockError),
 }
 
 /// A session that is open.
 pub(super) struct Trace {
     pub(super) writer: SessionWriter,
-    pub(super) keys: KeyThread,
+    pub(super) keys: Keys,
     ram: Arc<dyn GuestRam>,
     /// None while the guest is down.
     live: Option<Live>,
@@ -58,6 +66,17 @@ struct Live {
     guest: Guest,
     reader: RingReader,
     decoder: Decoder,
+    /// In plain mode.
+    plain: Option<Plain>,
+}
+
+/// What is kept of a kernel without the patch while it is traced.
+struct Plain {
+    array: TraceArray,
+    /// What recording was switched to.
+    recording: bool,
+    /// Its trace clock, as its newest records have it.
+    clocks: Clocks,
 }
 
 impl Trace {
@@ -72,16 +91,9 @@ impl Trace {
     ) -> Result<Self, TraceError> {
         let interval = Duration::from_nanos(meta.interval_ns);
         let writer = SessionWriter::create(dir, meta, &guest.symbols, guest.kernel.slide)?;
-        let klog = Klog::create(&dir.join(KLOG_FILE)).map_err(SessionError::from)?;
-        let keys = KeyThread::start(
-            klog,
-            KeyHistory::default(),
-            0,
-            interval,
-            guest.control,
-            Arc::clone(&ram),
-            Arc::clone(&watch.liveness),
-        )?;
+        let keys = keys(guest, watch, &ram, interval, 0, || {
+            Ok((Klog::create(&dir.join(KLOG_FILE))?, KeyHistory::default()))
+        })?;
         let mut trace = Self::new(writer, keys, ram);
         trace.boot(guest, watch)?;
         Ok(trace)
@@ -97,38 +109,38 @@ impl Trace {
     ) -> Result<Self, TraceError> {
         let mut writer = SessionWriter::resume(dir)?;
         writer.meta.counters.resumed += 1;
-        let (klog, history) = Klog::resume(&dir.join(KLOG_FILE)).map_err(SessionError::from)?;
-        let keys = KeyThread::start(
-            klog,
-            history,
-            writer.meta.counters.late_keys,
-            Duration::from_nanos(writer.meta.interval_ns),
-            guest.control,
-            Arc::clone(&ram),
-            Arc::clone(&watch.liveness),
-        )?;
+        let interval = Duration::from_nanos(writer.meta.interval_ns);
+        let late = writer.meta.counters.late_keys;
+        let keys = keys(guest, watch, &ram, interval, late, || {
+            Klog::resume(&dir.join(KLOG_FILE))
+        })?;
         let mut trace = Self::new(writer, keys, ram);
         let last = trace.writer.meta.boots.last();
-        match last.filter(|boot| boot.boot_id == guest.control.ident.boot_id) {
+        match last.filter(|boot| boot.boot_id == guest.link.boot_id()) {
             Some(boot) => {
                 let mut decoder = Decoder::new(boot.types, boot.number);
-                let mut reader = reader(guest, 0);
                 let code = GuestCode {
                     symbols: &guest.symbols,
                     slide: guest.kernel.slide,
                 };
-                let history = trace.keys.shared.history.read();
-                let history = history.unwrap_or_else(PoisonError::into_inner);
-                for chunk in trace.writer.last_chunks()? {
-                    let end = chunk.offset + chunk.bytes.len() as u32;
-                    reader.resume(chunk.cpu, chunk.page_time, end);
-                    decoder.resume_after(&chunk, &history, &code);
-                }
-                drop(history);
+                let functions = trace.writer.meta.functions();
+                let (mut reader, array) =
+                    guest
+                        .link
+                        .reader(&*trace.ram, &guest.kernel, 0, functions)?;
+                let chunks = trace.writer.last_chunks()?;
+                trace.keys.with_history(|history| {
+                    for chunk in &chunks {
+                        let end = chunk.offset + chunk.bytes.len() as u32;
+                        reader.resume(chunk.cpu, chunk.page_time, end);
+                        decoder.resume_after(chunk, history, &code);
+                    }
+                });
                 trace.live = Some(Live {
                     guest: guest.clone(),
                     reader,
                     decoder,
+                    plain: array.map(Plain::new),
                 });
             }
             None => trace.boot(guest, watch)?,
@@ -136,7 +148,7 @@ impl Trace {
         Ok(trace)
     }
 
-    fn new(writer: SessionWriter, keys: KeyThread, ram: Arc<dyn GuestRam>) -> Self {
+    fn new(writer: SessionWriter, keys: Keys, ram: Arc<dyn GuestRam>) -> Self {
         Self {
             writer,
             keys,
@@ -156,31 +168,39 @@ impl Trace {
     pub(super) fn boot(&mut self, guest: &Guest, watch: &Watch) -> Result<(), TraceError> {
         self.writer.next_boot()?;
         let number = self.writer.meta.boots.len() as u32 + 1;
-        let ident = guest.control.ident;
-        self.writer.meta.boots.push(Boot {
-            number,
-            boot_id: ident.boot_id,
-            banner: guest.kernel.banner.clone(),
-            slide: guest.kernel.slide,
-            phys_text: guest.kernel.phys_text.0,
-            levels: guest.kernel.levels,
-            nr_cpus: ident.nr_cpus,
-            types: ident.types,
-            found_ns: wall_ns(),
-            clocks: watch.clocks(),
-        });
         // Pages from before this moment belong to an earlier trace; `on` will
         // empty them. CPUs' clocks differ by a tick or two.
         let since = watch
             .heartbeat()
             .map_or(0, |beat| beat.clock.saturating_sub(CLOCKS_APART_NS));
+        let functions = self.writer.meta.functions();
+        let (reader, array) = guest
+            .link
+            .reader(&*self.ram, &guest.kernel, since, functions)?;
+        self.writer.meta.boots.push(Boot {
+            number,
+            boot_id: guest.link.boot_id(),
+            banner: guest.kernel.banner.clone(),
+            slide: guest.kernel.slide,
+            phys_text: guest.kernel.phys_text.0,
+            levels: guest.kernel.levels,
+            nr_cpus: reader.nr_cpus(),
+            types: guest.link.format(),
+            found_ns: wall_ns(),
+            clocks: watch.clocks(),
+        });
         self.live = Some(Live {
             guest: guest.clone(),
-            reader: reader(guest, since),
-            decoder: Decoder::new(ident.types, number),
+            reader,
+            decoder: Decoder::new(guest.link.format(), number),
+            plain: array.map(Plain::new),
         });
-        if number > 1 {
-            self.keys.retarget(Some(guest.control));
+        match (&self.keys, &guest.link) {
+            (Keys::Handed(keys), Link::Keyed(control)) if number > 1 => {
+                keys.retarget(Some(*control));
+            }
+            (_, Link::Plain(_)) if number == 1 => self.begin_plain()?,
+            _ => {}
         }
         self.writer.save()?;
         Ok(())
@@ -189,7 +209,9 @@ impl Trace {
     /// The guest was reset: what was held back was read from memory that is
     /// no longer its kernel's.
     pub(super) fn guest_gone(&mut self) {
-        self.keys.retarget(None);
+        if let Some(keys) = self.keys.thread() {
+            keys.retarget(None);
+        }
         self.live = None;
         self.writer.meta.counters.after_reset_bytes += self.held_bytes as u64;
         self.held.clear();
@@ -245,23 +267,24 @@ impl Trace {
             symbols: &live.guest.symbols,
             slide: live.guest.kernel.slide,
         };
-        let history = self
-            .keys
-            .shared
-            .history
-            .read()
-            .unwrap_or_else(PoisonError::into_inner);
-        live.decoder
-            .chunk(chunk, &history, &code, &mut |item| match item.what {
-                What::Call(_) | What::Return(_) => counters.records += 1,
-                What::Forged(_) => counters.forged += 1,
-                What::Lost(lost) => {
-                    counters.lost += lost.records.unwrap_or(0);
-                    counters.lost_places += 1;
+        let mut newest = None;
+        self.keys.with_history(|history| {
+            live.decoder.chunk(chunk, history, &code, &mut |item| {
+                newest = newest.max(Some(item.time));
+                match item.what {
+                    What::Call(_) | What::Return(_) => counters.records += 1,
+                    What::Forged(_) => counters.forged += 1,
+                    What::Lost(lost) => {
+                        counters.lost += lost.records.unwrap_or(0);
+                        counters.lost_places += 1;
+                    }
+                    What::Other { .. } => counters.other += 1,
                 }
-                What::Other { .. } => counters.other += 1,
             });
-        drop(history);
+        });
+        if let (Some(plain), Some(newest)) = (&mut live.plain, newest) {
+            plain.clocks.note(newest);
+        }
         if let Err(error) = self.writer.append(chunk) {
             live.reader.note_gap(chunk.cpu, Gap::DiskFull);
             self.cannot_store(&error);
@@ -278,7 +301,8 @@ impl Trace {
     /// Notes what the guest was caught at since the last time, and brings the
     /// session's files up to date now and then.
     pub(super) fn attend(&mut self, watch: &Watch) -> Result<(), TraceError> {
-        for (wall_ns, tamper) in self.keys.take_found() {
+        let found = self.keys.thread().map(KeyThread::take_found);
+        for (wall_ns, tamper) in found.unwrap_or_default() {
             self.writer.meta.counters.tampered += 1;
             self.finding(Finding {
                 wall_ns,
@@ -298,11 +322,11 @@ impl Trace {
                 kind: FindingKind::ForgedRecords { records },
             })?;
         }
-        if let Some(trouble) = self.keys.take_trouble() {
+        if let Some(trouble) = self.keys.thread().and_then(KeyThread::take_trouble) {
             log::error!("no new key could be handed out: {trouble}; the last one stays in use");
         }
         self.note_clocks(watch);
-        self.writer.meta.counters.late_keys = self.keys.late();
+        self.count();
         self.writer.save()?;
         Ok(())
     }
@@ -326,13 +350,75 @@ impl Trace {
 
     fn note_clocks(&mut self, watch: &Watch) {
         if let (Some(boot), Some(guest)) = (self.writer.meta.boots.last_mut(), &watch.guest) {
-            if guest.control.ident.boot_id == boot.boot_id {
-                boot.clocks = match (boot.clocks, watch.clocks()) {
+            if guest.link.boot_id() == boot.boot_id {
+                let plain = self.live.as_ref().and_then(|live| live.plain.as_ref());
+                let clocks = plain.map_or_else(|| watch.clocks(), |plain| plain.clocks.pairs());
+                boot.clocks = match (boot.clocks, clocks) {
                     (Some((first, _)), Some((_, last))) => Some((first, last)),
                     (_, clocks) => clocks,
                 };
             }
         }
+    }
+
+    /// Brings the counts up to date that others keep: the keys' thread, and in
+    /// plain mode the guest.
+    fn count(&mut self) {
+        let meta = &mut self.writer.meta;
+        if let Some(keys) = self.keys.thread() {
+            meta.counters.late_keys = keys.late();
+        }
+        if let (Some(live), Some(counts)) = (&self.live, &mut meta.guest_counts) {
+            counts.look(live.reader.written(&*self.ram));
+        }
+    }
+
+    /// Whether the guest that booted last has all that it takes to be
+    /// switched on.
+    pub(super) fn ready(&self) -> bool {
+        self.keys.thread().is_none_or(KeyThread::ready)
+    }
+
+    /// In plain mode, the trace begins here: what the guest recorded since its
+    /// boot is older.
+    fn begin_plain(&mut self) -> Result<(), TraceError> {
+        self.record(false)?;
+        let Some(live) = &mut self.live else {
+            return Ok(());
+        };
+        let mut earlier = Vec::new();
+        live.reader
+            .begin_here(&*self.ram, &mut |chunk| earlier.push(chunk))?;
+        if let Some(counts) = &mut self.writer.meta.guest_counts {
+            counts.begin(live.reader.written(&*self.ram));
+        }
+        for chunk in earlier {
+            self.take(&chunk);
+        }
+        Ok(())
+    }
+
+    /// In plain mode, has the guest's ring take records, or not.
+    pub(super) fn record(&mut self, on: bool) -> Result<(), TraceError> {
+        if let Some(plain) = self.live.as_mut().and_then(|live| live.plain.as_mut()) {
+            plain.array.record(&*self.ram, on)?;
+            plain.recording = on;
+        }
+        Ok(())
+    }
+
+    /// Whether the guest's tracer still is what was switched on, and whether
+    /// its ring takes records; `None` if that cannot be told now.
+    pub(super) fn tracing(&self, watch: &Watch) -> Option<(bool, bool)> {
+        let live = self.live.as_ref()?;
+        if let (Link::Plain(stock), Some(plain)) = (&live.guest.link, &live.plain) {
+            let tracer = stock.still_traces(&*self.ram, &plain.array).ok()?;
+            let recording = plain.array.recording(&*self.ram).ok()?;
+            return plain.recording.then_some((tracer, recording));
+        }
+        let beat = watch.heartbeat()?;
+        let on = beat.state == SwitchState::On && !watch.busy();
+        on.then_some((beat.tracer, beat.recording))
     }
 
     /// Notes a turn of the switch.
@@ -357,8 +443,8 @@ impl Trace {
         }
         self.note_clocks(watch);
         self.writer.flush()?;
+        self.count();
         let meta = &mut self.writer.meta;
-        meta.counters.late_keys = self.keys.late();
         meta.state = State::Closed;
         meta.ended_ns = Some(wall_ns());
         meta.end = Some(end);
@@ -367,11 +453,39 @@ impl Trace {
     }
 }
 
-fn reader(guest: &Guest, since: u64) -> RingReader {
-    RingReader::new(
-        guest.kernel.clone(),
-        guest.control.ring,
-        guest.control.ident.nr_cpus,
-        since,
-    )
+impl Plain {
+    fn new(array: TraceArray) -> Self {
+        Self {
+            array,
+            recording: false,
+            clocks: Clocks::default(),
+        }
+    }
+}
+
+/// The session's keys, handed out to `guest` from the history in its klog;
+/// `late` intervals had none so far.
+fn keys(
+    guest: &Guest,
+    watch: &Watch,
+    ram: &Arc<dyn GuestRam>,
+    interval: Duration,
+    late: u64,
+    klog: impl FnOnce() -> Result<(Klog, KeyHistory), KlogError>,
+) -> Result<Keys, TraceError> {
+    let Link::Keyed(control) = guest.link else {
+        return Ok(Keys::None);
+    };
+    let (klog, history) = klog().map_err(SessionError::from)?;
+    let liveness = Arc::clone(&watch.liveness);
+    let keys = KeyThread::start(
+        klog,
+        history,
+        late,
+        interval,
+        control,
+        Arc::clone(ram),
+        liveness,
+    )?;
+    Ok(Keys::Handed(keys))
 }

@@ -9,12 +9,16 @@ use crate::session::SwitchChange;
 use crate::switch::{self, Command, Progress, SwitchError};
 
 use super::engine::{Engine, Refusal, TICK_TRACING};
+use super::link::Link;
 use super::watch::{wall_ns, Guest, Seen};
 
 /// For the guest to take a command up: it looks every 100 ms or sooner.
 const PICKUP_LIMIT: Duration = Duration::from_secs(10);
 /// For the guest's kernel to patch its call sites, under emulation.
 const WORK_LIMIT: Duration = Duration::from_secs(120);
+/// For the guest's heart to beat: the ticks of a kernel that is idle stand
+/// still for a second and more.
+const ALIVE_LIMIT: Duration = Duration::from_secs(5);
 /// How often a user who waits is told of it.
 const PROGRESS_EVERY: Duration = Duration::from_secs(2);
 
@@ -25,7 +29,7 @@ impl Engine {
             return Ok(());
         };
         let deadline = Instant::now() + PICKUP_LIMIT;
-        while self.trace.as_ref().is_some_and(|trace| !trace.keys.ready()) {
+        while self.trace.as_ref().is_some_and(|trace| !trace.ready()) {
             if Instant::now() > deadline {
                 anyhow::bail!("the guest that booted could not be given a key");
             }
@@ -52,7 +56,10 @@ impl Engine {
         progress: &dyn Fn(String),
     ) -> Result<SwitchChange, Refusal> {
         let ram = Arc::clone(&self.attached.ram);
-        let control = self.alive()?.control;
+        let control = match self.alive()?.link {
+            Link::Keyed(control) => control,
+            Link::Plain(_) => return self.plain_turn(command, names),
+        };
         let sent = Instant::now();
         let pending = switch::send(&*ram, &control, command)?;
         let mut picked_up = None;
@@ -113,16 +120,35 @@ impl Engine {
         }
     }
 
+    /// The same in a kernel without the patch, which nobody has to answer for:
+    /// it takes records from the next one on, or none any more.
+    fn plain_turn(&mut self, command: &Command, names: &[String]) -> Result<SwitchChange, Refusal> {
+        if let Some(trace) = &mut self.trace {
+            match command {
+                Command::On { .. } => trace.record(true)?,
+                Command::Stop => trace.record(false)?,
+                // Its tracer stays what the guest was booted with.
+                Command::Off => {}
+            }
+        }
+        Ok(SwitchChange {
+            wall_ns: wall_ns(),
+            functions: names.to_vec(),
+            pickup_ns: 0,
+            worked_ns: 0,
+        })
+    }
+
     /// The guest's kernel, if it was seen to live a moment ago.
     pub(super) fn alive(&mut self) -> Result<Guest, Refusal> {
         let ram = Arc::clone(&self.attached.ram);
-        let deadline = Instant::now() + Duration::from_secs(3);
+        let deadline = Instant::now() + ALIVE_LIMIT;
         loop {
             // A session that another helper left open comes before anything
             // that is asked of this one.
             self.attend_boot()?;
             if let Some(guest) = &self.watch.guest {
-                if self.watch.liveness.is_fresh(&*ram, &guest.control) {
+                if self.watch.liveness.is_fresh(&*ram, &guest.link) {
                     return Ok(guest.clone());
                 }
             }

@@ -3,7 +3,8 @@
 //! After a reboot inside the same QEMU, the old kernel's image may still lie
 //! in memory, whole; and a hostile guest can plant as many as it likes. What
 //! tells the one that runs is that its heart beats: the count in its control
-//! block grows. So a kernel is taken only once two looks at it differ.
+//! block grows, or, in a kernel without the patch, its count of ticks. So a
+//! kernel is taken only once two looks at it differ.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -11,11 +12,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use crate::kernel::control::{Control, ControlError, Heartbeat};
+use crate::kernel::control::Heartbeat;
 use crate::kernel::{find_all, Kernel, Symbols};
 use crate::ram::{Gpa, GuestRam, RamError};
 use crate::session::ClockPair;
 
+use super::clocks::Clocks;
+use super::link::{Link, Pulse};
 use super::sources::{Fitting, Sources};
 
 /// How often memory is searched for a kernel.
@@ -24,14 +27,12 @@ const SEARCH_EVERY: Duration = Duration::from_millis(250);
 const SILENT: Duration = Duration::from_secs(2);
 /// A heart that beat within this time is alive: guest memory may be written.
 const FRESH: Duration = Duration::from_millis(400);
-/// The clocks' pairs are judged over this time.
-const PAIR_WINDOW_NS: u64 = 1_000_000_000;
 
 /// A kernel that lives.
 #[derive(Clone, Debug)]
 pub(super) struct Guest {
     pub(super) kernel: Kernel,
-    pub(super) control: Control,
+    pub(super) link: Link,
     pub(super) symbols: Arc<Symbols>,
     pub(super) symbols_path: PathBuf,
 }
@@ -65,16 +66,13 @@ impl Liveness {
         self.beat.store(0, Ordering::Release);
     }
 
-    /// Whether the heart beat a moment ago, and the control block is still
-    /// the one of that boot.
-    pub(super) fn is_fresh(&self, ram: &dyn GuestRam, control: &Control) -> bool {
+    /// Whether the heart beat a moment ago, and it is still that boot.
+    pub(super) fn is_fresh(&self, ram: &dyn GuestRam, link: &Link) -> bool {
         let beat = self.beat.load(Ordering::Acquire);
         let now = self.started.elapsed().as_nanos() as u64 + 1;
         beat != 0
             && now.saturating_sub(beat) < FRESH.as_nanos() as u64
-            && control
-                .boot_id_now(ram)
-                .is_ok_and(|id| id == control.ident.boot_id)
+            && link.is_there(ram).unwrap_or(false)
     }
 }
 
@@ -97,12 +95,12 @@ pub(super) struct Watch {
     pub(super) liveness: Arc<Liveness>,
     /// Why there is no kernel.
     pub(super) why: String,
-    last: Option<Heartbeat>,
+    last: Option<Pulse>,
     beat_at: Instant,
     searched: Option<Instant>,
     /// Kernels seen, whose hearts did not beat yet: where, boot id, beats.
     candidates: HashMap<(Gpa, u64), u64>,
-    clocks: Option<(ClockPair, ClockPair)>,
+    clocks: Clocks,
 }
 
 impl Watch {
@@ -117,13 +115,13 @@ impl Watch {
             beat_at: Instant::now(),
             searched: None,
             candidates: HashMap::new(),
-            clocks: None,
+            clocks: Clocks::default(),
         }
     }
 
-    /// The heartbeat seen last.
+    /// The heartbeat seen last; a kernel without the patch has none.
     pub(super) fn heartbeat(&self) -> Option<Heartbeat> {
-        self.last
+        self.last?.heartbeat
     }
 
     /// Since the heart last beat.
@@ -133,12 +131,13 @@ impl Watch {
 
     /// The first and the last good pair of clocks of this boot.
     pub(super) fn clocks(&self) -> Option<(ClockPair, ClockPair)> {
-        self.clocks
+        self.clocks.pairs()
     }
 
     /// Whether the guest's kernel is at a command: it does not beat then.
     pub(super) fn busy(&self) -> bool {
-        self.last.is_some_and(|beat| beat.seen_seq != beat.ack_seq)
+        self.heartbeat()
+            .is_some_and(|beat| beat.seen_seq != beat.ack_seq)
     }
 
     /// Looks at the guest.
@@ -146,48 +145,25 @@ impl Watch {
         let Some(guest) = &self.guest else {
             return self.search(ram);
         };
-        let control = guest.control;
-        if control.boot_id_now(ram)? != control.ident.boot_id {
+        if !guest.link.is_there(ram)? {
             self.guest = None;
             self.liveness.gone();
             self.why = "the guest was reset and has not come up again yet".to_owned();
             return Ok(Seen::Gone);
         }
-        let beat = control.heartbeat(ram)?;
-        if self.last.is_none_or(|last| last.beats != beat.beats) {
+        let pulse = guest.link.pulse(ram)?;
+        if self.last.is_none_or(|last| last.beats != pulse.beats) {
             self.beat_at = Instant::now();
             self.liveness.beaten();
-            self.pair(beat.clock);
+            if let Some(beat) = pulse.heartbeat {
+                self.clocks.note(beat.clock);
+            }
         }
-        self.last = Some(beat);
+        self.last = Some(pulse);
         if self.silent() > SILENT {
             return self.search(ram);
         }
         Ok(Seen::Same)
-    }
-
-    /// Notes a pair of clocks. Of those within a second, the one with the
-    /// least between the guest's stamp and our look is the best: the one in
-    /// which the host is the least ahead.
-    fn pair(&mut self, guest_ns: u64) {
-        let pair = ClockPair {
-            guest_ns,
-            host_ns: wall_ns(),
-        };
-        let ahead = |pair: &ClockPair| i128::from(pair.host_ns) - i128::from(pair.guest_ns);
-        match &mut self.clocks {
-            None => self.clocks = Some((pair, pair)),
-            Some((first, last)) => {
-                let in_first = guest_ns.saturating_sub(first.guest_ns) < PAIR_WINDOW_NS;
-                if in_first && ahead(&pair) < ahead(first) {
-                    *first = pair;
-                }
-                let in_last = guest_ns.saturating_sub(last.guest_ns) < PAIR_WINDOW_NS;
-                if !in_last || ahead(&pair) < ahead(last) {
-                    *last = pair;
-                }
-            }
-        }
     }
 
     /// Looks for a kernel that lives, now and then.
@@ -196,7 +172,7 @@ impl Watch {
             return Ok(Seen::Same);
         }
         self.searched = Some(Instant::now());
-        let current = self.guest.as_ref().map(|guest| guest.control.ident.boot_id);
+        let current = self.guest.as_ref().map(|guest| guest.link.boot_id());
         let Fitting { found, mut why } = self.sources.fitting(ram)?;
         let mut seen = HashMap::new();
         for (path, symbols) in found {
@@ -208,20 +184,19 @@ impl Watch {
                 }
             };
             for kernel in kernels {
-                let control = match Control::attach(ram, &kernel, &symbols) {
-                    Ok(control) => control,
-                    Err(ControlError::Ram(error)) => return Err(error),
+                let link = match Link::attach(ram, &kernel, &symbols) {
+                    Ok(link) => link,
                     Err(error) => {
-                        why = error.to_string();
+                        why = error.into_ram().map_or_else(|e| Ok(e.to_string()), Err)?;
                         continue;
                     }
                 };
-                let boot_id = control.ident.boot_id;
+                let boot_id = link.boot_id();
                 if Some(boot_id) == current {
                     continue;
                 }
-                let beats = control.heartbeat(ram)?.beats;
-                let place = (control.keys(), boot_id);
+                let beats = link.pulse(ram)?.beats;
+                let place = (link.place(), boot_id);
                 if self
                     .candidates
                     .get(&place)
@@ -229,7 +204,7 @@ impl Watch {
                 {
                     self.take(Guest {
                         kernel,
-                        control,
+                        link,
                         symbols,
                         symbols_path: path,
                     });
@@ -258,7 +233,7 @@ impl Watch {
         self.guest = Some(guest);
         self.last = None;
         self.beat_at = Instant::now();
-        self.clocks = None;
+        self.clocks = Clocks::default();
         self.candidates.clear();
         self.why.clear();
     }

@@ -85,9 +85,12 @@ impl Heading {
             tampered,
             resumed,
             late_keys,
+            records,
+            forged,
+            other,
             ..
         } = meta.counters;
-        let counters = [
+        let mut counters = vec![
             ("keys and epochs that the guest changed", tampered),
             (
                 "key intervals that passed without a key of their own",
@@ -104,6 +107,26 @@ impl Heading {
             ),
             ("times that a helper took the session over", resumed),
         ];
+        if let Some(guest) = &meta.guest_counts {
+            counters.extend([
+                (
+                    "records written, as the guest's own count has it",
+                    guest.written,
+                ),
+                (
+                    "of these overwritten, read from outside or not",
+                    guest.overwritten,
+                ),
+                (
+                    "records dropped by the guest's ring, as it says",
+                    guest.dropped,
+                ),
+                (
+                    "records read, of whatever kind",
+                    records.saturating_add(forged).saturating_add(other),
+                ),
+            ]);
+        }
         Self {
             domain: meta.domain.clone(),
             uuid: Some(meta.uuid),
@@ -114,10 +137,11 @@ impl Heading {
             started: Some(time(meta.started_ns)),
             stopped: meta.ended_ns.map(time),
             ended,
-            interval: Some(Duration::from_nanos(meta.interval_ns)),
+            interval: (meta.mode == Mode::Keyed).then(|| Duration::from_nanos(meta.interval_ns)),
             counters: counters
+                .into_iter()
                 .map(|(what, count)| (what.to_owned(), count))
-                .into(),
+                .collect(),
         }
     }
 }

@@ -12,13 +12,12 @@ use crate::kernel::Gva;
 use crate::keys::KeyHistory;
 
 use super::event::{events, Clock};
+use super::fields::{is_kernel_half, Fields, DEPTH_LIMIT};
 use super::record::{
     Call, Comm, Forged, ForgedWhy, Item, Lost, LostWhy, Return, Task, TraceFlags, What,
 };
-use super::{Chunk, Gap};
+use super::{plain, Chunk, Gap, RecordFormat};
 
-/// `FTRACE_RETFUNC_DEPTH`: the kernel follows no deeper nesting.
-const DEPTH_LIMIT: i32 = 50;
 /// Sizes of struct xftrace_call_entry, xftrace_root_entry and
 /// xftrace_return_entry, bytes.
 const CALL_SIZE: usize = 40;
@@ -38,7 +37,7 @@ pub trait CodeMap {
 /// Decodes the chunks of one boot, each CPU's in order.
 #[derive(Debug)]
 pub struct Decoder {
-    types: RecordTypes,
+    format: RecordFormat,
     boot: u32,
     cpus: Vec<Stream>,
 }
@@ -55,11 +54,11 @@ struct Stream {
 }
 
 impl Decoder {
-    /// A decoder for boot number `boot` of a session, whose kernel gives its
-    /// records these types.
-    pub fn new(types: RecordTypes, boot: u32) -> Self {
+    /// A decoder for boot number `boot` of a session, whose kernel writes its
+    /// records like this.
+    pub fn new(format: impl Into<RecordFormat>, boot: u32) -> Self {
         Self {
-            types,
+            format: format.into(),
             boot,
             cpus: Vec::new(),
         }
@@ -91,30 +90,50 @@ impl Decoder {
         code: &dyn CodeMap,
         sink: &mut dyn FnMut(Item),
     ) {
-        let (types, boot, cpu) = (self.types, self.boot, chunk.cpu);
+        let (format, boot, cpu) = (self.format, self.boot, chunk.cpu);
         let Some(stream) = self.stream(chunk.cpu) else {
             return;
         };
-        stream.gap = chunk.gap.or(stream.gap);
         // On in the middle of a page only where its beginning was seen.
         let clock = match stream.page {
             Some((time, end, clock)) if (time, end) == (chunk.page_time, chunk.offset) => clock,
             _ => Clock(chunk.page_time),
         };
         let mut walk = events(&chunk.bytes, clock);
+        let end = chunk.offset.saturating_add(chunk.bytes.len() as u32);
+        if chunk.gap == Some(Gap::Earlier) {
+            walk.by_ref().for_each(drop);
+            stream.page = Some((chunk.page_time, end, walk.clock()));
+            return;
+        }
+        stream.gap = chunk.gap.or(stream.gap);
         let mut time = clock.0;
         for event in walk.by_ref() {
             let what = match event {
                 Ok(event) => {
                     time = event.time;
-                    stream.record(types, event.payload, keys, code, &mut |lost| {
+                    let mut lost = |lost| {
                         sink(Item {
                             cpu,
                             boot,
                             time: event.time,
                             what: What::Lost(lost),
                         });
-                    })
+                    };
+                    match &format {
+                        RecordFormat::Keyed(types) => {
+                            stream.record(*types, event.payload, keys, code, &mut lost)
+                        }
+                        RecordFormat::Plain(format) => {
+                            if let Some(why) = stream.gap.take().and_then(lost_why) {
+                                lost(Lost { records: None, why });
+                            }
+                            let what =
+                                plain::record(format, Fields(event.payload), stream.next_seq);
+                            stream.next_seq += u64::from(what.is_call_or_return());
+                            what
+                        }
+                    }
                 }
                 Err(_) => What::Forged(Forged {
                     why: ForgedWhy::BadShape,
@@ -131,8 +150,19 @@ impl Decoder {
                 what,
             });
         }
-        let end = chunk.offset.saturating_add(chunk.bytes.len() as u32);
         stream.page = Some((chunk.page_time, end, walk.clock()));
+    }
+}
+
+/// What became of records that are missing because of a gap; `None` where
+/// nothing is.
+fn lost_why(gap: Gap) -> Option<LostWhy> {
+    match gap {
+        Gap::Overrun => Some(LostWhy::Overrun),
+        Gap::Torn => Some(LostWhy::Torn),
+        Gap::HelperAbsent => Some(LostWhy::HelperAbsent),
+        Gap::DiskFull => Some(LostWhy::DiskFull),
+        Gap::Earlier => None,
     }
 }
 
@@ -224,12 +254,7 @@ impl Stream {
             return Err((ForgedWhy::Replayed, Some(epoch)));
         }
         if ahead > 0 {
-            let why = match self.gap {
-                None => LostWhy::Overrun,
-                Some(Gap::Torn) => LostWhy::Torn,
-                Some(Gap::HelperAbsent) => LostWhy::HelperAbsent,
-                Some(Gap::DiskFull) => LostWhy::DiskFull,
-            };
+            let why = self.gap.and_then(lost_why).unwrap_or(LostWhy::Overrun);
             lost(Lost {
                 records: Some(ahead.into()),
                 why,
@@ -268,42 +293,6 @@ impl Stream {
             epoch,
             seq,
         }))
-    }
-}
-
-/// Whether an address lies in the kernel's half of the address space, with 4
-/// or 5 levels of page tables, or is 0 (the record does not tell).
-fn is_kernel_half(at: Gva) -> bool {
-    at.0 >= 0xff00_0000_0000_0000
-}
-
-/// Little-endian fields of one record.
-#[derive(Clone, Copy)]
-struct Fields<'a>(&'a [u8]);
-
-impl Fields<'_> {
-    fn u8(&self, at: usize) -> Option<u8> {
-        self.0.get(at).copied()
-    }
-
-    fn u16(&self, at: usize) -> Option<u16> {
-        self.bytes(at).map(u16::from_le_bytes)
-    }
-
-    fn u32(&self, at: usize) -> Option<u32> {
-        self.bytes(at).map(u32::from_le_bytes)
-    }
-
-    fn i32(&self, at: usize) -> Option<i32> {
-        self.bytes(at).map(i32::from_le_bytes)
-    }
-
-    fn u64(&self, at: usize) -> Option<u64> {
-        self.bytes(at).map(u64::from_le_bytes)
-    }
-
-    fn bytes<const N: usize>(&self, at: usize) -> Option<[u8; N]> {
-        self.0.get(at..)?.first_chunk().copied()
     }
 }
 

@@ -12,6 +12,10 @@
 //! record, by the epoch that the record names and no other, and says where
 //! records are missing, which it knows from their running numbers.
 //!
+//! A kernel without the patch writes its own records ([`RecordFormat::Plain`]):
+//! they have no key, no number and no caller. What is missing among them is
+//! known from what the reader saw ([`Gap`]) alone, and has no count.
+//!
 //! The reader moves nothing in the guest: no read pointer, no lock. A writer
 //! that is too fast overtakes it, and then the loss is told. Chunks are also
 //! what a session stores, so that a live guest and a session on disk take the
@@ -21,9 +25,13 @@
 
 mod decode;
 mod event;
+mod fields;
+mod format;
+mod plain;
 mod reader;
 pub mod record;
 
 pub use decode::{CodeMap, Decoder};
 pub use event::{events, Clock, Event, Events, Malformed};
-pub use reader::{Chunk, Drained, Gap, RingError, RingReader};
+pub use format::RecordFormat;
+pub use reader::{Chunk, Drained, Gap, RingError, RingReader, Written};

@@ -32,6 +32,9 @@ const PAGES_BELIEVED: Duration = Duration::from_millis(250);
 const TRIES: usize = 3;
 /// The bits of `commit` that are a length; above are RB_MISSED_*.
 const COMMIT_MASK: u64 = (1 << 20) - 1;
+/// `RB_MISSED_EVENTS`: the guest's own reader found that records are missing
+/// in front of the page.
+const MISSED: u64 = 1 << 31;
 /// The low bits of `list.next` are flags: RB_PAGE_HEAD, RB_PAGE_UPDATE.
 const LIST_FLAGS: u64 = 3;
 /// How many bytes in front of a place tell it from the same place of another
@@ -55,16 +58,32 @@ pub struct Chunk {
     pub gap: Option<Gap>,
 }
 
-/// What the reader itself knows to be missing. (What the guest overwrote
-/// before it was looked at shows in the records' numbers.)
+/// What the reader itself knows of what is in front. (Where records have
+/// numbers, these say more.)
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Gap {
+    /// The guest wrote over what was not read yet, or emptied its buffer.
+    Overrun,
     /// A page changed under each copy of it.
     Torn,
     /// Nobody was reading.
     HelperAbsent,
     /// What was read could not be stored.
     DiskFull,
+    /// Nothing is missing, but these bytes are older than the trace: they are
+    /// the beginning of the page on which it begins, and give it its times.
+    Earlier,
+}
+
+/// What a guest says of its own ring buffer, all CPUs together: a claim.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Written {
+    /// Records that it wrote.
+    pub entries: u64,
+    /// Of these: written over before the guest itself read them.
+    pub overrun: u64,
+    /// Records that it dropped.
+    pub dropped: u64,
 }
 
 /// What one round over all CPUs came to.
@@ -166,6 +185,15 @@ struct Cursor {
 struct Head {
     time: u64,
     commit: u32,
+    missed: bool,
+}
+
+/// The pages of a CPU that may have something new.
+struct Fresh {
+    /// Oldest first, with how they looked.
+    pages: Vec<(Gpa, Head)>,
+    /// Whether they go on where reading stopped.
+    whole: bool,
 }
 
 impl RingReader {
@@ -179,6 +207,11 @@ impl RingReader {
             since,
             cpus,
         }
+    }
+
+    /// How many CPUs it reads the buffers of.
+    pub fn nr_cpus(&self) -> u32 {
+        self.cpus.len() as u32
     }
 
     /// Goes on where an earlier reader of the same boot stopped: on `cpu`, at
@@ -199,6 +232,49 @@ impl RingReader {
         if let Some(cpu) = self.cpus.get_mut(usize::from(cpu)) {
             cpu.gap = Some(gap);
         }
+    }
+
+    /// Has the trace begin here: what is in the ring already is older. Of each
+    /// CPU, the page that is being written goes to `sink` as [`Gap::Earlier`].
+    ///
+    /// # Errors
+    /// As [`RingReader::drain`].
+    pub fn begin_here(
+        &mut self,
+        ram: &dyn GuestRam,
+        sink: &mut dyn FnMut(Chunk),
+    ) -> Result<(), RingError> {
+        let mut newest: Vec<Option<Chunk>> = vec![None; self.cpus.len()];
+        self.drain(ram, &mut |chunk| {
+            if let Some(slot) = newest.get_mut(usize::from(chunk.cpu)) {
+                *slot = Some(chunk);
+            }
+        })?;
+        for mut chunk in newest.into_iter().flatten() {
+            chunk.gap = Some(Gap::Earlier);
+            sink(chunk);
+        }
+        for cpu in &mut self.cpus {
+            cpu.gap = None;
+        }
+        Ok(())
+    }
+
+    /// What the guest says of its ring buffer now, CPU by CPU. A CPU whose
+    /// buffer cannot be followed has written nothing.
+    pub fn written(&self, ram: &dyn GuestRam) -> Vec<Written> {
+        let cpus = self.cpus.iter();
+        let of = |cpu: &Cpu| {
+            let buffer = cpu.buffer?;
+            let layout = &self.layout;
+            let count = |field| self.load(ram, offset(buffer, field)).ok();
+            Some(Written {
+                entries: count(layout.entries)?,
+                overrun: count(layout.overrun)?,
+                dropped: count(layout.commit_overrun)?.wrapping_add(count(layout.dropped)?),
+            })
+        };
+        cpus.map(|cpu| of(cpu).unwrap_or_default()).collect()
     }
 
     /// Reads what every CPU has that is new, oldest first within a CPU, and
@@ -246,9 +322,12 @@ impl RingReader {
             let (Some(buffer), Some(listed)) = (cpu.buffer, &cpu.pages) else {
                 return Ok(());
             };
-            let pages = self.fresh(ram, buffer, listed, cpu.cursor.as_ref())?;
+            let Fresh { pages, whole } = self.fresh(ram, buffer, listed, cpu.cursor.as_ref())?;
             if self.guest_reader(ram, buffer)? != listed.guest {
                 continue;
+            }
+            if !whole {
+                self.miss(number, Gap::Overrun);
             }
             for (page, head) in pages {
                 self.read_page(ram, number, page, head, sink, drained)?;
@@ -259,15 +338,14 @@ impl RingReader {
         Ok(())
     }
 
-    /// The pages that may have something new, oldest first, with how they
-    /// looked.
+    /// What may have something new.
     fn fresh(
         &self,
         ram: &dyn GuestRam,
         buffer: Gva,
         listed: &Pages,
         cursor: Option<&Cursor>,
-    ) -> Result<Vec<(Gpa, Head)>, RingError> {
+    ) -> Result<Fresh, RingError> {
         let commit_page = self.pointer(ram, buffer, self.layout.commit_page)?;
         let ring = &listed.ring[..];
         // What the guest's own readers took out is older than what is left,
@@ -293,7 +371,7 @@ impl RingReader {
         pages.retain(|(_, head)| head.time <= newest);
         let Some(cursor) = cursor else {
             pages.retain(|(_, head)| head.time >= self.since);
-            return Ok(pages);
+            return Ok(Fresh { pages, whole: true });
         };
         let at = pages
             .iter()
@@ -302,7 +380,17 @@ impl RingReader {
             Some(at) => drop(pages.drain(..at)),
             None => pages.retain(|(_, head)| head.time >= cursor.time),
         }
-        Ok(pages)
+        // A ring with nothing in it was emptied: what comes next says so.
+        let whole = at.is_some() || pages.is_empty();
+        Ok(Fresh { pages, whole })
+    }
+
+    /// Has the next chunk of `cpu` say that something is missing before it,
+    /// unless it says so already.
+    fn miss(&mut self, cpu: u16, gap: Gap) {
+        if let Some(cpu) = self.cpus.get_mut(usize::from(cpu)) {
+            cpu.gap.get_or_insert(gap);
+        }
     }
 
     /// Copies what is new on one page that looked like `seen`.
@@ -329,8 +417,11 @@ impl RingReader {
         for _ in 0..TRIES {
             let before = self.head(ram, page)?;
             if before.time != seen.time || before.commit <= from {
-                // Nothing new, or taken for new records meanwhile: they come
-                // with the next round, and what is lost shows in its numbers.
+                // Nothing new, or taken for new records meanwhile, which come
+                // with the next round.
+                if before.time != seen.time && seen.commit > from {
+                    self.miss(number, Gap::Overrun);
+                }
                 return Ok(());
             }
             // A little from in front of what is new, to know the place by.
@@ -347,6 +438,9 @@ impl RingReader {
             }
             let skip = from as usize - start;
             let same_place = tail.as_ref().is_none_or(|tail| bytes.starts_with(tail));
+            if !same_place || (from == 0 && before.missed) {
+                self.miss(number, Gap::Overrun);
+            }
             let (from, bytes) = if same_place {
                 (from, bytes.split_off(skip))
             } else if start == 0 {
@@ -483,11 +577,16 @@ impl RingReader {
 
     fn head(&self, ram: &dyn GuestRam, page: Gpa) -> Result<Head, RingError> {
         let time = ram.read_u64(Gpa(page.0 + u64::from(self.layout.time_stamp)))?;
-        let commit = ram.read_u64(Gpa(page.0 + u64::from(self.layout.commit)))? & COMMIT_MASK;
+        let word = ram.read_u64(Gpa(page.0 + u64::from(self.layout.commit)))?;
+        let (commit, missed) = (word & COMMIT_MASK, word & MISSED != 0);
         let room = u64::from(self.layout.page_size) - u64::from(self.layout.data);
         // A length that the page cannot hold is no length.
         let commit = if commit <= room { commit as u32 } else { 0 };
-        Ok(Head { time, commit })
+        Ok(Head {
+            time,
+            commit,
+            missed,
+        })
     }
 
     fn pointer(&self, ram: &dyn GuestRam, base: Gva, field: u16) -> Result<Gva, RingError> {

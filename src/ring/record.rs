@@ -44,6 +44,13 @@ pub enum What {
     },
 }
 
+impl What {
+    /// Whether it is a record of function_graph that was understood.
+    pub fn is_call_or_return(&self) -> bool {
+        matches!(self, Self::Call(_) | Self::Return(_))
+    }
+}
+
 /// The entry of a traced function, its addresses as the guest's kernel had
 /// them at run time (key removed, slide not).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,14 +62,17 @@ pub struct Call {
     /// Where the function is entered: the address of its ftrace call site,
     /// which is the function's own or, behind an `endbr64`, 4 bytes more.
     pub func: Gva,
-    /// The return address: the instruction behind the call.
+    /// The return address: the instruction behind the call; `Gva(0)` if the
+    /// record does not tell (plain).
     pub caller: Gva,
     /// How many traced calls the task was in already: 0 is a root, one of the
     /// functions asked for, entered from outside any traced call.
     pub depth: u16,
-    /// The key epoch that the record names, and decoded under.
+    /// The key epoch that the record names, and decoded under; 0, which is no
+    /// epoch, if it names none (plain).
     pub epoch: u64,
-    /// The record's running number on its CPU.
+    /// The record's running number on its CPU: the guest's in a keyed record,
+    /// the reader's own count in a plain one.
     pub seq: u64,
 }
 

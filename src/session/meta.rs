@@ -7,8 +7,8 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::kernel::control::RecordTypes;
 use crate::keys::Tamper;
+use crate::ring::{RecordFormat, Written};
 
 use super::SessionError;
 
@@ -21,6 +21,27 @@ pub const META_FILE: &str = "session.json";
 pub enum Mode {
     /// Records carry addresses under the host's keys.
     Keyed,
+    /// The kernel's own records, without keys: whoever is root in the guest
+    /// can have written them.
+    Plain,
+}
+
+impl Mode {
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Keyed => "keyed",
+            Self::Plain => "plain",
+        }
+    }
+
+    /// Its name, and what it means for what is shown.
+    pub fn text(self) -> &'static str {
+        match self {
+            Self::Keyed => "keyed",
+            Self::Plain => "plain (not keyed: proves nothing against root in the guest)",
+        }
+    }
 }
 
 /// Whether a session still grows.
@@ -85,8 +106,9 @@ pub struct Boot {
     pub levels: u8,
     /// CPUs the guest's kernel can have.
     pub nr_cpus: u32,
-    /// The record types of its kernel.
-    pub types: RecordTypes,
+    /// The record types of its kernel; in plain mode, how its own records are
+    /// laid out.
+    pub types: RecordFormat,
     /// When the helper found it, host wall clock, nanoseconds since 1970.
     pub found_ns: u64,
     /// The first and the last pair of clocks, each the best of its second.
@@ -155,6 +177,46 @@ pub struct Counters {
     pub late_keys: u64,
 }
 
+/// What the guest's kernel says of its own ring buffer since the trace began.
+/// Where records have no numbers, this is the one count of what is missing,
+/// and it is the guest's word.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestCounts {
+    /// Records that it wrote.
+    pub written: u64,
+    /// Of these: written over before the guest itself read them. Most were
+    /// read from outside before.
+    pub overwritten: u64,
+    /// Records that it dropped.
+    pub dropped: u64,
+    /// How the counts stood when they were looked at last, CPU by CPU.
+    #[serde(skip)]
+    last: Vec<Written>,
+}
+
+impl GuestCounts {
+    /// Begins to count from here.
+    pub fn begin(&mut self, now: Vec<Written>) {
+        self.last = now;
+    }
+
+    /// Adds what was counted since the last look. A count that has fallen was
+    /// set back to 0 in between (the guest emptied its ring).
+    pub fn look(&mut self, now: Vec<Written>) {
+        let since = |now: u64, last: u64| if now >= last { now - last } else { now };
+        for (cpu, now) in now.iter().enumerate() {
+            let last = self.last.get(cpu).copied().unwrap_or_default();
+            let written = since(now.entries, last.entries);
+            self.written = self.written.saturating_add(written);
+            let overwritten = since(now.overrun, last.overrun);
+            self.overwritten = self.overwritten.saturating_add(overwritten);
+            let dropped = since(now.dropped, last.dropped);
+            self.dropped = self.dropped.saturating_add(dropped);
+        }
+        self.last = now;
+    }
+}
+
 /// Something the guest was caught at, one a line of `findings.jsonl`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Finding {
@@ -214,6 +276,9 @@ pub struct Meta {
     pub boots: Vec<Boot>,
     /// What was counted.
     pub counters: Counters,
+    /// What the guest says it wrote; in plain mode only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest_counts: Option<GuestCounts>,
 }
 
 impl Meta {

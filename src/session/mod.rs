@@ -27,8 +27,8 @@ mod write;
 
 pub use follow::{Follow, Look, HELD, SETTLE};
 pub use meta::{
-    Boot, ClockPair, Counters, EndReason, Finding, FindingKind, Meta, Mode, QemuProcess, State,
-    SwitchChange, META_FILE,
+    Boot, ClockPair, Counters, EndReason, Finding, FindingKind, GuestCounts, Meta, Mode,
+    QemuProcess, State, SwitchChange, META_FILE,
 };
 pub use place::{domain_dir, list, new_dir};
 pub use read::{is_module_address, GuestCode, Items, Session};

@@ -10,7 +10,7 @@ use crate::ring::record::Item;
 use crate::ring::{CodeMap, Decoder};
 
 use super::store::ChunkReader;
-use super::{Boot, Meta, SessionError, KLOG_FILE, SYMBOLS_FILE};
+use super::{Boot, Meta, Mode, SessionError, KLOG_FILE, SYMBOLS_FILE};
 
 /// `MODULES_VADDR` and `MODULES_END` (arch/x86/include/asm/pgtable_64_types.h)
 /// of a kernel with RANDOMIZE_BASE, whose image has 1 GiB.
@@ -47,7 +47,7 @@ pub struct Session {
     pub meta: Meta,
     /// Its symbols.
     pub symbols: Symbols,
-    /// Its keys.
+    /// Its keys; none in plain mode.
     pub keys: KeyHistory,
 }
 
@@ -59,7 +59,10 @@ impl Session {
     pub fn open(dir: &Path) -> Result<Self, SessionError> {
         let meta = Meta::load(dir)?;
         let symbols = Symbols::load(&dir.join(SYMBOLS_FILE))?;
-        let keys = Klog::read(&dir.join(KLOG_FILE))?;
+        let keys = match meta.mode {
+            Mode::Keyed => Klog::read(&dir.join(KLOG_FILE))?,
+            Mode::Plain => KeyHistory::default(),
+        };
         Ok(Self {
             dir: dir.to_owned(),
             meta,

@@ -8,7 +8,8 @@
 //!  4  u32  length of the bytes
 //!  8  u64  time stamp of the page, guest trace clock, ns
 //! 16  u32  where on the page the bytes begin
-//! 20  u8   what is missing in front: 0 nothing, 1 torn, 2 no helper, 3 disk full
+//! 20  u8   what is in front: 0 nothing is missing, 1 torn, 2 no helper, 3 disk full,
+//!          4 overrun; 5: these bytes are older than the trace
 //! 21  3    0
 //! 24  u64  when it was read, host wall clock, ns since 1970
 //! ```
@@ -79,6 +80,8 @@ impl ChunkWriter {
             Some(Gap::Torn) => 1,
             Some(Gap::HelperAbsent) => 2,
             Some(Gap::DiskFull) => 3,
+            Some(Gap::Overrun) => 4,
+            Some(Gap::Earlier) => 5,
         };
         let fields: [(usize, &[u8]); 6] = [
             (0, &FRAME_MAGIC.to_le_bytes()),
@@ -206,6 +209,8 @@ impl ChunkReader {
             1 => Some(Gap::Torn),
             2 => Some(Gap::HelperAbsent),
             3 => Some(Gap::DiskFull),
+            4 => Some(Gap::Overrun),
+            5 => Some(Gap::Earlier),
             _ => None,
         };
         let mut bytes = vec![0; length as usize];
@@ -275,6 +280,8 @@ mod tests {
             chunk(7, 40, 4040, Some(Gap::Torn)),
             chunk(9, 0, 0, Some(Gap::HelperAbsent)),
             chunk(u64::MAX, 4, 1, Some(Gap::DiskFull)),
+            chunk(10, 0, 2, Some(Gap::Overrun)),
+            chunk(11, 0, 3, Some(Gap::Earlier)),
         ];
         for part in chunks.chunks(2) {
             let mut writer = ChunkWriter::open(dir.path(), 1, 3).expect("a writer");

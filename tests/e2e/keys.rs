@@ -9,7 +9,7 @@ use std::time::Duration;
 use xftrace::kernel::control::{Control, RecordTypes};
 use xftrace::kernel::{find_all, Gva, Kernel};
 use xftrace::ram::{Access, BackingFile, FileRam, GuestRam, Layout, MachineKind};
-use xftrace::ring::{events, Clock, CodeMap, RingReader};
+use xftrace::ring::{events, Clock, CodeMap, RecordFormat, RingReader};
 use xftrace::session::{ChunkReader, GuestCode, Session, KLOG_FILE};
 
 use crate::traced::Traced;
@@ -72,6 +72,9 @@ fn raw_records(session: &Session, record: &mut dyn FnMut(Raw), bytes: &mut dyn F
     let [boot] = &session.meta.boots[..] else {
         panic!("not one boot: {:?}", session.meta.boots);
     };
+    let RecordFormat::Keyed(types) = boot.types else {
+        panic!("not keyed: {:?}", boot.types);
+    };
     for cpu in 0..boot.nr_cpus as u16 {
         let chunks = ChunkReader::open(session.dir(), boot.number, cpu).expect("a ring file");
         let mut chunks = chunks.expect("a ring file of each CPU");
@@ -79,7 +82,7 @@ fn raw_records(session: &Session, record: &mut dyn FnMut(Raw), bytes: &mut dyn F
             bytes(&chunk.bytes);
             for event in events(&chunk.bytes, Clock(0)) {
                 let payload = event.expect("an event").payload;
-                Raw::new(cpu, boot.types, payload).map(&mut *record);
+                Raw::new(cpu, types, payload).map(&mut *record);
             }
         }
     }

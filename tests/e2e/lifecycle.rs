@@ -253,7 +253,8 @@ fn a_killed_helper_costs_what_the_guest_overwrites_until_the_next_one() {
         .until("keys", |status| status.trace.is_some())
         .trace
         .unwrap()
-        .epoch;
+        .epoch
+        .expect("keys");
     signal(helper, Signal::SIGKILL);
     wait_for(SOON, || Ok((!is_running(helper)).then_some(()))).unwrap();
     // More than the ring buffer holds, read by nobody.

@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 
 use xftrace::callflow::{CutWhy, Edges, Flow, Happening, Limits, UncalledWhy};
+use xftrace::kernel::Gva;
 use xftrace::output::{Format, Sink, Text, TimeColumn, Weight};
-use xftrace::ring::record::LostWhy;
+use xftrace::ring::record::{LostWhy, What};
 
 use crate::dsl::{address, Story, Table};
 use crate::props::run;
@@ -28,6 +29,40 @@ fn roots_are_counted_by_function_and_pid_over_boots() {
     assert_eq!(tally.roots_of("__x64_sys_openat", Some(11)), 3);
     assert_eq!(tally.roots_of("__x64_sys_openat", Some(10)), 0);
     assert_eq!((tally.boots, tally.tasks), (2, 3));
+}
+
+#[test]
+fn plain_records_show_no_caller_and_no_epoch_rather_than_wrong_ones() {
+    let mut story = Story::new();
+    story.on(0, 10, "a").read().leaf("__x64_sys_openat");
+    for item in &mut story.items {
+        match &mut item.what {
+            What::Call(call) => (call.caller, call.epoch, call.task.comm) = (Gva(0), 0, None),
+            What::Return(ret) => (ret.caller, ret.epoch) = (Gva(0), 0),
+            _ => {}
+        }
+    }
+    let (text, tally) = write(Format::Text(TimeColumn::Wall), &story.items);
+    assert_eq!((tally.from_outside, tally.other_caller), (0, 0));
+    assert!(text.contains("# key epochs: none"), "{text}");
+    let lines: Vec<_> = text.lines().filter(|line| !line.starts_with('#')).collect();
+    assert!(lines.iter().any(|line| line.contains("<...>-10")));
+    for line in lines {
+        assert!(
+            !line.contains("called from") && !line.contains("!!"),
+            "{line}"
+        );
+    }
+    let (json, _) = write(Format::Json, &story.items);
+    let calls = json.lines().filter(|line| line.contains(r#""origin""#));
+    assert_eq!(calls.clone().count(), 4);
+    for call in calls {
+        assert!(call.contains(r#""origin":"untold""#), "{call}");
+        assert!(
+            !call.contains("caller") && !call.contains("epoch"),
+            "{call}"
+        );
+    }
 }
 
 #[test]

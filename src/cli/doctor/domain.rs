@@ -13,6 +13,7 @@ use crate::libvirt::enrolment::{untraceable, By, Enrolment};
 use crate::libvirt::memory::find_backing;
 use crate::libvirt::shell_word;
 use crate::libvirt::xml::DomainXml;
+use crate::session::Mode;
 
 /// How long a helper may take to say how things stand.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -163,15 +164,40 @@ fn kernel(status: &Status, report: &mut Report) {
     report.ok(format!("its helper runs (process {})", status.helper_pid));
     match &status.guest {
         GuestStatus::Alive {
-            banner, symbols, ..
+            banner,
+            symbols,
+            mode: Mode::Keyed,
+            ..
         } => {
             report.ok(format!("symbols {}", symbols.display()));
             report.ok(format!("its kernel has xftrace's patch: {banner}"));
         }
+        GuestStatus::Alive {
+            banner,
+            symbols,
+            mode: Mode::Plain,
+            cannot,
+            command_line,
+            ..
+        } => {
+            report.ok(format!("symbols {}", symbols.display()));
+            report.ok(format!(
+                "its kernel has no xftrace patch, mode {}: {banner}",
+                Mode::Plain.text()
+            ));
+            let needs = command_line.clone().unwrap_or_default();
+            match cannot {
+                Some(why) => report.missing(
+                    format!("what a kernel without the patch is booted with: {why}"),
+                    format!("boot the guest with this on its kernel command line:\n{needs}"),
+                ),
+                None => report.ok(format!("it is booted with what that takes: {needs}")),
+            }
+        }
         GuestStatus::Searching { why } => report.missing(
             format!("the guest's kernel: {why}"),
-            "a guest kernel with xftrace's patch (guest-kernel-patches/), and its symbols \
-             (xftrace symbols add)",
+            "a guest kernel with xftrace's patch (guest-kernel-patches/) or with BTF, and its \
+             symbols (xftrace symbols add)",
         ),
     }
 }

@@ -153,13 +153,15 @@ pub(super) struct Call<'a> {
     depth: u16,
     #[serde(flatten)]
     func: Func<'a>,
-    caller: Address<'a>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    caller: Option<Address<'a>>,
     origin: Origin,
     #[serde(skip_serializing_if = "is_false")]
     interrupt: bool,
     #[serde(skip_serializing_if = "is_false")]
     gap: bool,
-    epoch: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    epoch: Option<u64>,
 }
 
 impl<'a> Call<'a> {
@@ -169,11 +171,11 @@ impl<'a> Call<'a> {
             id: call.id,
             depth: call.depth,
             func: Func::new(&call.func),
-            caller: Address::new(&call.caller),
+            caller: (call.origin != Origin::Untold).then(|| Address::new(&call.caller)),
             origin: call.origin,
             interrupt: call.interrupt,
             gap: call.gap,
-            epoch: call.epoch,
+            epoch: (call.epoch != 0).then_some(call.epoch),
         }
     }
 }

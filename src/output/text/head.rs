@@ -7,7 +7,6 @@ use super::super::heading::{BootHeading, Heading};
 use super::super::wall::rfc3339;
 use super::TimeColumn;
 use crate::callflow::{Counts, Reason, Tally};
-use crate::session::Mode;
 
 /// The most that is shown of a kernel's banner (the kernel's own is about 200).
 pub(super) const BANNER_WIDTH: usize = 240;
@@ -42,10 +41,7 @@ fn session(out: &mut impl Write, heading: &Heading) -> io::Result<()> {
         .unwrap_or_default();
     row(out, "domain:", &format!("{}{uuid}", host(&heading.domain)))?;
     row(out, "session:", &host(&heading.session))?;
-    let mode = match heading.mode {
-        Mode::Keyed => "keyed",
-    };
-    row(out, "mode:", mode)?;
+    row(out, "mode:", heading.mode.text())?;
     row(out, "functions:", &host(&heading.functions.join(" ")))?;
     row(out, "started:", &rfc3339(heading.started))?;
     let lasted = match (heading.started, heading.stopped) {

@@ -156,7 +156,7 @@ impl<W: Write, C: WallClock> Text<W, C> {
         line.extend_from_slice(if duration.is_some() { b"();" } else { b"() {" });
         let mut notes = Notes::new(line);
         match call.origin {
-            Origin::Inside | Origin::TailCall => {}
+            Origin::Inside | Origin::TailCall | Origin::Untold => {}
             Origin::Root | Origin::Elsewhere | Origin::Module => {
                 push_place(notes.next(b"called from "), &call.caller);
             }

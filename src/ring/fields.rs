@@ -1,0 +1,42 @@
+//! The numbers in a record, and which of them a kernel can have written.
+
+use crate::kernel::Gva;
+
+/// `FTRACE_RETFUNC_DEPTH`: the kernel follows no deeper nesting.
+pub(super) const DEPTH_LIMIT: i32 = 50;
+
+/// Whether an address lies in the kernel's half of the address space, with 4
+/// or 5 levels of page tables, or is 0 (the record does not tell).
+pub(super) fn is_kernel_half(at: Gva) -> bool {
+    at.0 >= 0xff00_0000_0000_0000
+}
+
+/// Little-endian fields of one record.
+#[derive(Clone, Copy)]
+pub(super) struct Fields<'a>(pub(super) &'a [u8]);
+
+impl Fields<'_> {
+    pub(super) fn u8(&self, at: usize) -> Option<u8> {
+        self.0.get(at).copied()
+    }
+
+    pub(super) fn u16(&self, at: usize) -> Option<u16> {
+        self.bytes(at).map(u16::from_le_bytes)
+    }
+
+    pub(super) fn u32(&self, at: usize) -> Option<u32> {
+        self.bytes(at).map(u32::from_le_bytes)
+    }
+
+    pub(super) fn i32(&self, at: usize) -> Option<i32> {
+        self.bytes(at).map(i32::from_le_bytes)
+    }
+
+    pub(super) fn u64(&self, at: usize) -> Option<u64> {
+        self.bytes(at).map(u64::from_le_bytes)
+    }
+
+    pub(super) fn bytes<const N: usize>(&self, at: usize) -> Option<[u8; N]> {
+        self.0.get(at..)?.first_chunk().copied()
+    }
+}
