@@ -164,7 +164,8 @@ Examples:
   xftrace enroll web1
   xftrace enroll web1 --functions sys_openat,sys_read --interval 500ms
   xftrace enroll web1 --functions sys_execve --at-start
-  xftrace enroll web1 --symbols /srv/kernels/System.map-6.1-xftrace")]
+  xftrace enroll web1 --symbols /srv/kernels/System.map-6.1-xftrace
+  xftrace enroll web1 --functions sys_openat --plain")]
 pub struct EnrollArgs {
     /// The domain: a name, id or UUID
     #[arg(value_name = "DOMAIN", value_parser = domain_text)]
@@ -189,6 +190,15 @@ pub struct EnrollArgs {
     /// Trace from the start of the domain on, without 'xftrace on'
     #[arg(long)]
     pub at_start: bool,
+
+    /// The guest's kernel has no xftrace patch: trace without keys
+    ///
+    /// Such a kernel traces what it was booted with. Where the domain boots a
+    /// kernel directly (os/kernel in its XML), that goes on its command line; else it
+    /// is printed, to be put there inside the guest. The records are not keyed
+    /// and prove nothing against root in the guest.
+    #[arg(long, requires = "functions")]
+    pub plain: bool,
 
     /// The symbols of the guest's kernel [default: those that fit, of 'xftrace symbols list']
     ///

@@ -1,12 +1,14 @@
 //! `xftrace enroll`.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{bail, Context as _};
 
 use super::{hook, out, Context, Exit};
 use crate::cli::args::EnrollArgs;
+use crate::kernel::stock::command_line;
+use crate::kernel::Symbols;
 use crate::libvirt::connection::{Connection, Domain, Mode};
 use crate::libvirt::enrolment::untraceable;
 use crate::libvirt::run_dir::RunDir;
@@ -21,6 +23,11 @@ pub(super) fn run(context: &Context, args: &EnrollArgs) -> anyhow::Result<Exit> 
     wanted.interval = args.interval;
     wanted.at_start = args.at_start;
     wanted.symbols = args.symbols.as_ref().map(symbols).transpose()?;
+
+    if args.plain {
+        let names = ftrace_names(&args.functions, wanted.symbols.as_deref());
+        wanted.cmdline = Some(command_line(&names));
+    }
 
     let connection = Connection::open(context.global.connect.as_deref(), Mode::ReadWrite)?;
     let domain = connection.domain(&args.domain)?;
@@ -58,9 +65,20 @@ pub(super) fn run(context: &Context, args: &EnrollArgs) -> anyhow::Result<Exit> 
         domain.name(),
         options(&trace)
     )?;
+    if let (Some(cmdline), None) = (&wanted.cmdline, &trace.cmdline) {
+        writeln!(
+            out,
+            "It boots no kernel directly: put this on its kernel's command line inside the guest \
+             (GRUB_CMDLINE_LINUX in /etc/default/grub, then update-grub):\n  {cmdline}"
+        )?;
+    }
     if domain.is_active()? {
         let live = domain.live()??;
-        match untraceable(&live) {
+        let why = match untraceable(&live) {
+            None if enrolled.cmdline_changed => Some("its kernel has another command line".into()),
+            why => why,
+        };
+        match why {
             Some(why) => writeln!(
                 out,
                 "As it runs now, {why}. Shut it down and start it again (a reboot from inside \
@@ -71,6 +89,21 @@ pub(super) fn run(context: &Context, args: &EnrollArgs) -> anyhow::Result<Exit> 
     }
     writeln!(out, "Undo: xftrace unenroll {name}")?;
     Ok(Exit::Done)
+}
+
+/// The functions as Ftrace in the guest knows them: by the symbols where these
+/// are named and there, and else by how x86-64 calls its system calls.
+fn ftrace_names(typed: &[String], symbols: Option<&Path>) -> Vec<String> {
+    let symbols = symbols.and_then(|path| Symbols::load(path).ok());
+    let full = |typed: &String| {
+        let found = symbols.as_ref().map(|all| all.resolve_function(typed));
+        match found {
+            Some(Ok(found)) => found.name.clone(),
+            _ if typed.starts_with("sys_") => format!("__x64_{typed}"),
+            _ => typed.clone(),
+        }
+    };
+    typed.iter().map(full).collect()
 }
 
 /// The file of symbols as it goes into the metadata.
@@ -126,7 +159,10 @@ fn options(trace: &Trace) -> String {
     } else {
         ""
     };
-    format!("{functions}{interval}{symbols}{start}")
+    let cmdline = trace.cmdline.as_ref().map_or(String::new(), |cmdline| {
+        format!(", booted with '{cmdline}'")
+    });
+    format!("{functions}{interval}{symbols}{start}{cmdline}")
 }
 
 /// Enrols the running domain as well, whose memory is a shared file already:
