@@ -14,6 +14,7 @@ mod keys;
 mod lab;
 mod lifecycle;
 mod pause;
+mod plain;
 mod refusals;
 mod symbols;
 mod trace;

@@ -1,0 +1,226 @@
+//! Kernels without the patch, mode plain: what the host reads is what the
+//! guest itself shows.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use xftrace::kernel::stock::command_line;
+use xftrace::kernel::Symbols;
+use xftrace::session::{list, Mode, Session};
+use xftrace_lab::{wait_for, Backing, Domain};
+
+use crate::lab::TestGuest;
+
+/// How many times the guest opens, reads and closes.
+const LOOPS: u64 = 600;
+/// So many function calls at least are to be compared.
+const CALLS: usize = 50_000;
+/// Some megabytes over an emulated serial port, on a busy machine.
+const LISTING: Duration = Duration::from_secs(400);
+const FUNCTIONS: [&str; 2] = ["__x64_sys_read", "__x64_sys_openat"];
+const TRACING: &str = "/sys/kernel/tracing";
+
+/// What it is booted with, `enroll --plain` puts there.
+#[test]
+fn debian_6_1_is_read_as_it_shows_itself() {
+    agrees("plain61", "stock-6.1-cloud", "", TRACING, "true");
+}
+
+#[test]
+fn debian_6_12_is_read_as_it_shows_itself() {
+    let boot = command_line(&FUNCTIONS);
+    agrees("plain612", "stock-6.12-cloud", &boot, TRACING, "true");
+}
+
+/// The ring in memory that is reserved at boot, which 6.12 can have: its
+/// tracer is set inside the guest.
+#[test]
+fn the_boot_mapped_ring_of_debian_6_12_is_read_as_it_shows_itself() {
+    let boot = format!(
+        "ftrace_graph_filter={} reserve_mem=24M:4096:xf trace_instance=xf@xf",
+        FUNCTIONS.join(",")
+    );
+    let instance = format!("{TRACING}/instances/xf");
+    let set = format!("echo function_graph > {instance}/current_tracer");
+    agrees("mapped612", "stock-6.12-cloud", &boot, &instance, &set);
+}
+
+/// A line of a call flow: how deep it is, and what it says (`f() {`, `f();`
+/// or `} f`).
+type Line = (usize, String);
+
+fn agrees(name: &str, kernel: &str, boot: &str, tracing: &str, set_tracer: &str) {
+    let guest = TestGuest::define_alone(&Domain {
+        kernel: kernel.to_owned(),
+        backing: Backing::File,
+        memory: 512,
+        append: boot.to_owned(),
+        ..Domain::new(name)
+    });
+    let dir = tempfile::tempdir().expect("a directory");
+    let symbols = dir.path().join("kallsyms");
+    let xftrace = |arguments: &[&str]| {
+        let mut command = guest.xftrace(dir.path());
+        command.args(arguments);
+        command
+    };
+    let defined = guest.lab().virsh(&["dumpxml", "--inactive", name]).unwrap();
+    xftrace(&["enroll", name, "--functions", "sys_read,sys_openat"])
+        .arg("--symbols")
+        .arg(&symbols)
+        .args(boot.is_empty().then_some("--plain"))
+        .assert()
+        .success();
+    guest.start().unwrap();
+    let listing = "echo 0 >/proc/sys/kernel/kptr_restrict; gzip -c /proc/kallsyms | base64";
+    std::fs::write(&symbols, unpacked(&guest, listing)).expect("a file of symbols");
+    guest.run(set_tracer).unwrap().success().unwrap();
+
+    // What was recorded since the boot is no part of it.
+    let quiet = format!(
+        "cd {tracing}; echo 0 >tracing_on; echo >trace; echo 1 >{TRACING}/options/funcgraph-tail; \
+         echo 1 >options/funcgraph-tail; true"
+    );
+    guest.run(&quiet).unwrap().success().unwrap();
+    let mut status = String::new();
+    let found = wait_for(Duration::from_secs(120), || {
+        let output = xftrace(&["status", "-d", name]).output()?;
+        status = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        Ok(status.contains("mode     plain").then_some(()))
+    });
+    found.unwrap_or_else(|error| panic!("{error:#}: {status}"));
+    assert!(status.contains("not keyed"), "{status}");
+    assert!(!status.contains("cannot be traced"), "{status}");
+
+    let doctor = xftrace(&["doctor", name])
+        .output()
+        .expect("what is missing");
+    let doctor = String::from_utf8_lossy(&doctor.stdout).into_owned();
+    let needs = format!("booted with what that takes: {}", command_line(&FUNCTIONS));
+    assert!(doctor.contains(&needs), "{doctor}");
+
+    // What plain mode cannot do, it refuses with what to do instead.
+    let other = xftrace(&["on", "-d", name, "sys_write"]).assert().failure();
+    let said = String::from_utf8_lossy(&other.get_output().stderr).into_owned();
+    let wanted = command_line(&["__x64_sys_write"]);
+    assert!(said.contains(&wanted), "{said}");
+    xftrace(&["on", "-d", name, "--buffer-size", "32M"])
+        .assert()
+        .failure()
+        .stderr(predicates::str::contains("trace_buf_size="));
+
+    xftrace(&["on", "-d", name])
+        .assert()
+        .success()
+        .stderr(predicates::str::contains("plain (not keyed"));
+    guest
+        .run_for(&format!("rwloop {LOOPS}"), LISTING)
+        .unwrap()
+        .success()
+        .unwrap();
+    xftrace(&["off", "-d", name]).assert().success();
+    let switch = guest.run(&format!("cat {tracing}/tracing_on")).unwrap();
+    assert_eq!(switch.text, "0\n", "the guest's own switch");
+
+    let sessions = list(&guest.lab().sessions(name));
+    let session = Session::open(&sessions[0]).expect("a session");
+    let counters = session.meta.counters;
+    let theirs = session.meta.guest_counts.clone().expect("their counts");
+    assert_eq!(session.meta.mode, Mode::Plain);
+    assert_eq!((counters.forged, counters.lost_places), (0, 0));
+    assert_eq!(counters.records + counters.other, theirs.written);
+    assert_eq!((theirs.overwritten, theirs.dropped), (0, 0));
+
+    let graph = std::fs::read_to_string(dir.path().join("trace_graph.txt")).expect("a call flow");
+    assert!(
+        graph.contains("# mode:       plain (not keyed"),
+        "{graph:.2000}"
+    );
+    let theirs = unpacked(&guest, &format!("gzip -c {tracing}/trace | base64"));
+    let theirs = String::from_utf8(theirs).expect("text");
+    let names = Symbols::load(&symbols).expect("symbols");
+    compare(&flow(&graph, 3), &flow(&theirs, 1), &names);
+
+    xftrace(&["unenroll", name]).assert().success();
+    let after = guest.lab().virsh(&["dumpxml", "--inactive", name]).unwrap();
+    assert_eq!(after, defined, "nothing of it is left");
+}
+
+/// Both flows, CPU by CPU and line by line.
+fn compare(ours: &BTreeMap<u32, Vec<Line>>, theirs: &BTreeMap<u32, Vec<Line>>, names: &Symbols) {
+    // Of several names for one address, each may have chosen another.
+    let address = |line: &str| {
+        let name = line.trim_start_matches("} ").split('(').next();
+        name.and_then(|name| names.address(name))
+    };
+    let same = |ours: &Line, theirs: &Line| {
+        ours == theirs || (ours.0 == theirs.0 && address(&ours.1) == address(&theirs.1))
+    };
+    let mut calls = 0;
+    assert_eq!(
+        ours.keys().collect::<Vec<_>>(),
+        theirs.keys().collect::<Vec<_>>()
+    );
+    for (cpu, ours) in ours {
+        let theirs = &theirs[cpu];
+        for (at, (one, other)) in ours.iter().zip(theirs).enumerate() {
+            assert!(
+                same(one, other),
+                "CPU {cpu}, line {at}: {one:?} here, {other:?} in the guest, after {:?}",
+                &ours[at.saturating_sub(5)..at]
+            );
+            calls += usize::from(one.1.contains('('));
+        }
+        assert_eq!(ours.len(), theirs.len(), "CPU {cpu}");
+    }
+    assert!(calls >= CALLS, "{calls} calls");
+}
+
+/// The lines of a function_graph, whose text stands behind so many bars.
+fn flow(text: &str, bars: usize) -> BTreeMap<u32, Vec<Line>> {
+    let mut cpus: BTreeMap<u32, Vec<Line>> = BTreeMap::new();
+    for line in text.lines() {
+        let parts: Vec<&str> = line.splitn(bars + 1, '|').collect();
+        let (Some(call), Some((cpu, _))) = (parts.get(bars), line.split_once(')')) else {
+            continue;
+        };
+        let cpu = cpu.rsplit(' ').next().and_then(|cpu| cpu.parse().ok());
+        let (Some(cpu), false) = (cpu, line.starts_with('#')) else {
+            continue;
+        };
+        let depth = call.len() - call.trim_start().len();
+        let (what, note) = call.trim().split_once(" /* ").unwrap_or((call.trim(), ""));
+        // A call that is open at the end: the guest says nothing of it.
+        if what.is_empty() || note.contains("return not seen") {
+            continue;
+        }
+        let what = match what {
+            "}" => format!("}} {}", note.split([',', ' ']).next().unwrap_or("")),
+            what => what.to_owned(),
+        };
+        cpus.entry(cpu).or_default().push((depth, what));
+    }
+    cpus
+}
+
+/// What a command in the guest wrote, which ends with base64 of gzip.
+fn unpacked(guest: &TestGuest, command: &str) -> Vec<u8> {
+    let packed = guest.run_for(command, LISTING).unwrap();
+    let mut child = Command::new("sh")
+        .args(["-c", "base64 -d | gzip -dc"])
+        .current_dir(Path::new("/"))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("a shell");
+    let mut input = child.stdin.take().expect("its input");
+    let text = packed.success().unwrap();
+    let feed = std::thread::spawn(move || input.write_all(text.as_bytes()));
+    let output = child.wait_with_output().expect("what it wrote");
+    feed.join().expect("a thread").expect("all was taken");
+    assert!(output.status.success() && !output.stdout.is_empty());
+    output.stdout
+}
