@@ -17,7 +17,7 @@ use tempfile::TempDir;
 use uuid::Uuid;
 use xftrace::helper::protocol::{GuestStatus, Line, Reply, Request, Status, TraceStatus};
 use xftrace::libvirt::run_dir::RunDir;
-use xftrace::session::{Counters, QemuProcess};
+use xftrace::session::{Counters, Mode, QemuProcess};
 
 use crate::growing::{Growing, Record, PAIRED};
 
@@ -119,11 +119,11 @@ impl Drop for Helper {
 fn status(session: Option<PathBuf>) -> Status {
     let trace = |session| TraceStatus {
         session,
-        mode: "keyed".into(),
+        mode: Mode::Keyed,
         functions: vec!["__x64_sys_read".into()],
         since_ns: 0,
         interval_ns: 1,
-        epoch: 1,
+        epoch: Some(1),
         boot: 1,
         stored: 0,
         counters: Counters::default(),

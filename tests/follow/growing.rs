@@ -7,7 +7,7 @@ use uuid::Uuid;
 use xftrace::kernel::control::RecordTypes;
 use xftrace::kernel::Symbols;
 use xftrace::keys::{Entry, Klog};
-use xftrace::ring::Chunk;
+use xftrace::ring::{Chunk, RecordFormat};
 use xftrace::session::{
     Boot, ClockPair, Counters, EndReason, Meta, Mode, QemuProcess, SessionWriter, State, KLOG_FILE,
 };
@@ -101,7 +101,7 @@ impl Growing {
             phys_text: 0x100_0000,
             levels: 4,
             nr_cpus: cpus,
-            types: TYPES,
+            types: RecordFormat::Keyed(TYPES),
             found_ns: 0,
             clocks: None,
         });
@@ -234,5 +234,6 @@ fn meta() -> Meta {
         switches: Vec::new(),
         boots: Vec::new(),
         counters: Counters::default(),
+        guest_counts: None,
     }
 }
