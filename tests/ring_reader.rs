@@ -5,216 +5,16 @@
 
 mod support;
 
-use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
 use support::guest::{Guest, Plan, DIRECT_MAP};
-use xftrace::kernel::control::{RecordTypes, RingLayout};
+use support::ring::{layout, Writer, BUFFERS, FUNC, KEY, PAGES, TYPES};
 use xftrace::kernel::{Gva, Kernel};
 use xftrace::keys::{Entry, KeyHistory};
 use xftrace::ram::{Gpa, Layout, VecRam};
 use xftrace::ring::record::What;
 use xftrace::ring::{events, Chunk, Clock, CodeMap, Decoder, Gap, RingReader};
-
-const KEY: u64 = 0x0123_4567_89ab_cdef;
-const FUNC: u64 = 0xffff_ffff_8100_0100;
-const TYPES: RecordTypes = RecordTypes {
-    root: 20,
-    call: 21,
-    ret: 22,
-    plain_call: 11,
-    plain_ret: 10,
-};
-/// Bytes of records on a page.
-const ROOM: u32 = 4080;
-/// Where the structures and pages lie: above the image, below the end of RAM.
-const BUFFERS: u64 = 0x180_0000;
-const PER_CPU: u64 = 0x180_1000;
-const HOLDERS: u64 = 0x180_2000;
-const PAGES: u64 = 0x181_0000;
-
-fn layout() -> RingLayout {
-    RingLayout {
-        buffer: Gva(DIRECT_MAP + BUFFERS),
-        page_size: 4096,
-        buffers: 64,
-        nr_pages: 40,
-        pages: 56,
-        reader_page: 88,
-        commit_page: 80,
-        entries: 128,
-        overrun: 136,
-        commit_overrun: 144,
-        dropped: 152,
-        list: 0,
-        page: 48,
-        time_stamp: 0,
-        commit: 8,
-        data: 16,
-    }
-}
-
-/// The guest's side: what its kernel would store, store by store.
-struct Writer {
-    /// The pages of the ring, in its order; the places below are places in it.
-    ring: Vec<u64>,
-    /// The page outside.
-    reader: u64,
-    tail: usize,
-    /// The oldest page that no reader of the guest has taken.
-    head: usize,
-    at: u32,
-    time: u64,
-    last_time: u64,
-    seq: u32,
-    stores: VecDeque<(Gpa, Vec<u8>)>,
-}
-
-impl Writer {
-    fn page(index: u64) -> Gpa {
-        Gpa(PAGES + 4096 * index)
-    }
-
-    fn holder(index: u64) -> u64 {
-        HOLDERS + 64 * index
-    }
-
-    /// The structures of an empty buffer of one CPU: page 0 is the tail, and
-    /// page `nr_pages` is the reader's.
-    fn new(nr_pages: u64) -> Self {
-        let mut writer = Self {
-            ring: (0..nr_pages).collect(),
-            reader: nr_pages,
-            tail: 0,
-            head: 0,
-            at: 0,
-            time: 1_000_000,
-            last_time: 0,
-            seq: 0,
-            stores: VecDeque::new(),
-        };
-        let gva = |at: u64| DIRECT_MAP + at;
-        writer.word(BUFFERS + 64, gva(BUFFERS + 0x100));
-        writer.word(BUFFERS + 0x100, gva(PER_CPU));
-        writer.word(PER_CPU + 40, nr_pages);
-        writer.word(PER_CPU + 56, gva(Self::holder(0)));
-        writer.word(PER_CPU + 88, gva(Self::holder(nr_pages)));
-        writer.word(PER_CPU + 80, gva(Self::holder(0)));
-        for index in 0..=nr_pages {
-            // A flag in the low bits, as RB_PAGE_HEAD is.
-            let next = gva(Self::holder((index + 1) % nr_pages)) | u64::from(index == 1);
-            writer.word(Self::holder(index), next);
-            writer.word(Self::holder(index) + 48, gva(Self::page(index).0));
-            writer.word(Self::page(index).0, 0);
-            writer.word(Self::page(index).0 + 8, 0);
-        }
-        writer
-    }
-
-    fn word(&mut self, at: u64, value: u64) {
-        self.stores
-            .push_back((Gpa(at), value.to_le_bytes().to_vec()));
-    }
-
-    fn bytes(&mut self, at: u64, bytes: Vec<u8>) {
-        self.stores.push_back((Gpa(at), bytes));
-    }
-
-    /// One call of the tracer: reserve, fill, commit.
-    fn record(&mut self, advance: u64) {
-        self.time += advance;
-        let mut payload = Vec::new();
-        payload.extend(21u16.to_le_bytes());
-        payload.extend([0, 0]);
-        payload.extend(77i32.to_le_bytes());
-        payload.extend((FUNC ^ KEY).to_le_bytes());
-        payload.extend((0xffff_ffff_8100_0242 ^ KEY).to_le_bytes());
-        payload.extend(1u32.to_le_bytes());
-        payload.extend(self.seq.to_le_bytes());
-        payload.extend(1i32.to_le_bytes());
-        payload.extend(77i32.to_le_bytes());
-        let length = 4 + payload.len() as u32;
-        if self.at + length > ROOM {
-            // rb_reset_tail(): the rest is a discarded event.
-            let at = Self::page(self.ring[self.tail]).0 + 16 + u64::from(self.at);
-            let left = ROOM - self.at;
-            if left > 8 {
-                self.bytes(at, (29u32 | 1 << 5).to_le_bytes().to_vec());
-                self.bytes(at + 4, (left - 4).to_le_bytes().to_vec());
-                self.at = ROOM;
-            } else if left > 0 {
-                self.bytes(at, 29u32.to_le_bytes().to_vec());
-            }
-            // rb_tail_page_update()
-            let full = (self.ring[self.tail], self.at);
-            self.tail = (self.tail + 1) % self.ring.len();
-            if self.tail == self.head {
-                self.head = (self.head + 1) % self.ring.len();
-            }
-            self.at = 0;
-            self.word(Self::page(self.ring[self.tail]).0 + 8, 0);
-            self.fill(payload, length);
-            // rb_set_commit_to_write(): the full page first, then the pointer.
-            self.word(Self::page(full.0).0 + 8, full.1.into());
-            let holder = Self::holder(self.ring[self.tail]);
-            self.word(PER_CPU + 80, DIRECT_MAP + holder);
-        } else {
-            self.fill(payload, length);
-        }
-        self.word(Self::page(self.ring[self.tail]).0 + 8, self.at.into());
-        self.seq += 1;
-    }
-
-    fn fill(&mut self, payload: Vec<u8>, length: u32) {
-        let page = Self::page(self.ring[self.tail]).0;
-        let at = page + 16 + u64::from(self.at);
-        let delta = if self.at == 0 {
-            0
-        } else {
-            self.time - self.last_time
-        };
-        self.bytes(
-            at,
-            ((payload.len() as u32 / 4) | (delta as u32) << 5)
-                .to_le_bytes()
-                .to_vec(),
-        );
-        if self.at == 0 {
-            self.word(page, self.time);
-        }
-        for (words, part) in payload.chunks(8).enumerate() {
-            self.bytes(at + 4 + 8 * words as u64, part.to_vec());
-        }
-        self.last_time = self.time;
-        self.at += length;
-    }
-
-    /// A reader in the guest takes the oldest page, and puts the one that it
-    /// had in its place: rb_get_reader_page().
-    fn take_page(&mut self) {
-        let places = self.ring.len();
-        if self.head == self.tail {
-            return;
-        }
-        let gva = |index: u64| DIRECT_MAP + Self::holder(index);
-        let before = self.ring[(self.head + places - 1) % places];
-        let after = self.ring[(self.head + 1) % places];
-        self.word(Self::page(self.reader).0 + 8, 0);
-        self.word(Self::holder(self.reader), gva(after) | 1);
-        self.word(PER_CPU + 56, gva(before));
-        self.word(Self::holder(before), gva(self.reader));
-        std::mem::swap(&mut self.ring[self.head], &mut self.reader);
-        self.word(PER_CPU + 88, gva(self.reader));
-        self.head = (self.head + 1) % places;
-    }
-
-    fn step(&mut self, ram: &VecRam) {
-        if let Some((at, bytes)) = self.stores.pop_front() {
-            ram.poke(at, &bytes);
-        }
-    }
-}
 
 struct Code;
 
@@ -372,7 +172,7 @@ fn a_page_that_is_taken_between_two_looks_is_a_gap() {
     let (writer, looks) = (Mutex::new(writer), Mutex::new(0));
     let ram = ram.with_hook(move |ram, gpa, _| {
         let mut looks = looks.lock().expect("a count");
-        *looks += u32::from(gpa == Writer::page(0));
+        *looks += u32::from(gpa == Gpa(PAGES));
         let mut writer = writer.lock().expect("the writer");
         while *looks == 2 && !writer.stores.is_empty() {
             writer.step(ram);
@@ -444,6 +244,47 @@ fn a_guest_that_took_every_page_once_has_moved_them_all() {
         assert!(out.wrong.is_empty(), "{pages}: {:?}", out.wrong.first());
         assert_eq!(out.seqs.len() as u64 + out.lost, written);
     }
+}
+
+/// `echo 1 > snapshot`, again and again.
+#[test]
+fn a_buffer_that_is_swapped_for_another_and_back_is_read_on() {
+    const SPARE: u64 = 0x10_0000;
+    let idle = Arc::new(Mutex::new(Writer::new(8)));
+    let guest = guest(Arc::clone(&idle), Vec::new());
+    let mut used = [Writer::at(0, 8), Writer::at(SPARE, 8)];
+    let settle = |writer: &mut Writer| {
+        while !writer.stores.is_empty() {
+            writer.step(&guest.ram);
+        }
+    };
+    used.iter_mut().for_each(settle);
+    let mut reader = RingReader::new(kernel(), layout(), 1, 0);
+    let (mut chunks, mut swapped) = (Vec::new(), 0);
+    reader.drain(&guest.ram, &mut drop).expect("a round");
+    for round in 0..30 {
+        let [now, _] = &mut used;
+        (0..250).for_each(|_| now.record(300));
+        settle(now);
+        // Every other time, all that was written is read before the swap.
+        if round % 4 > 1 {
+            let drained = reader.drain(&guest.ram, &mut |chunk| chunks.push(chunk));
+            swapped += drained.expect("a round").swapped;
+        }
+        let (seq, time) = (now.seq, now.time);
+        used.swap(0, 1);
+        let [now, _] = &mut used;
+        (now.seq, now.time) = (seq, time);
+        (0..50).for_each(|_| now.record(300));
+        settle(now);
+        reader.look_in(Gva(DIRECT_MAP + now.base + BUFFERS));
+        let drained = reader.drain(&guest.ram, &mut |chunk| chunks.push(chunk));
+        swapped += drained.expect("a round").swapped;
+    }
+    let out = decode(&chunks);
+    assert!(out.wrong.is_empty(), "{:?}", out.wrong.first());
+    assert_eq!(out.seqs, (0..30 * 300).collect::<Vec<_>>());
+    assert_eq!(swapped, 30);
 }
 
 proptest! {

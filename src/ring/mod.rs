@@ -6,8 +6,9 @@
 //!               pages       bytes   time, payload    call, return, lost, forged
 //! ```
 //!
-//! [`RingReader`] copies what is new in each CPU's pages and keeps only copies
-//! that did not change under it ([`Chunk`]). [`events`] takes a chunk apart by
+//! [`RingReader`] copies what is new in each CPU's pages, in rounds (`round`, by
+//! the lists of `pages`), and keeps only copies that did not change under it
+//! ([`Chunk`]). [`events`] takes a chunk apart by
 //! the rules of kernel/trace/ring_buffer.c. [`Decoder`] takes the key off each
 //! record, by the epoch that the record names and no other, and says where
 //! records are missing, which it knows from their running numbers.
@@ -27,11 +28,17 @@ mod decode;
 mod event;
 mod fields;
 mod format;
+mod pages;
 mod plain;
 mod reader;
 pub mod record;
+mod round;
+mod structs;
 
 pub use decode::{CodeMap, Decoder};
 pub use event::{events, Clock, Event, Events, Malformed};
 pub use format::RecordFormat;
 pub use reader::{Chunk, Drained, Gap, RingError, RingReader, Written};
+
+/// How often something is tried that changes under our eyes.
+const TRIES: usize = 3;

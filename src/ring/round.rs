@@ -1,0 +1,330 @@
+//! Reads each CPU's pages while the guest writes them.
+//!
+//! What makes this safe without a lock is the order in which the guest's
+//! kernel writes (kernel/trace/ring_buffer.c, and x86 keeps that order): a
+//! page that is taken for new records first has its `commit` set to 0
+//! (rb_tail_page_update()), then gets its new `time_stamp`, and `commit` only
+//! grows once the records below it are whole (rb_set_commit_to_write()). So a
+//! copy of the bytes below `commit` is good if, after the copy, `time_stamp`
+//! is what it was before and `commit` did not shrink. And a page on which
+//! nothing more will be written is known by the commit page being another.
+//!
+//! Pages come in the order of the guest's ring, which ends at the commit page.
+//! Their time stamps alone would not do: where the guest's clock is not steady
+//! (emulation, an unstable TSC), sched_clock_local() holds it at the end of a
+//! tick until the next one comes, and many pages have the same time. So what
+//! was read last is known again by its page, its time, and its last bytes,
+//! which hold a record's running number or its times.
+//!
+//! The buffer itself may be another than before: a snapshot in the guest swaps
+//! it for a spare one (update_max_tr()). The old one is then read to its end,
+//! and known again where it comes back.
+//!
+//! What a guest can have its host do is bounded: no page is read for two CPUs,
+//! and a round ends after so many bytes and so long, wherever it is.
+
+use std::time::{Duration, Instant};
+
+use crate::kernel::Gva;
+use crate::ram::{Gpa, RamError};
+
+use super::pages::{Claims, Pages};
+use super::reader::{Buffer, Cpu, Cursor};
+use super::structs::{Head, Structs};
+use super::{Chunk, Drained, Gap, RingError, TRIES};
+
+/// What one round hands out and takes at most, over all CPUs; it may go past
+/// this by one CPU's list of pages. The next round goes on with the next CPU.
+const ROUND_BYTES: u64 = 32 << 20;
+const ROUND_TIME: Duration = Duration::from_millis(200);
+/// How many buffers of one CPU are known again: its own, and those that it was
+/// swapped for.
+const BUFFERS: usize = 4;
+/// How many bytes in front of a place tell it from the same place of another
+/// round of the ring.
+const TAIL: usize = 16;
+
+/// One round over the CPUs.
+pub(super) struct Round<'a> {
+    structs: Structs<'a>,
+    /// The pointers to the CPUs' buffers.
+    buffers: Gva,
+    since: u64,
+    claims: &'a mut Claims,
+    sink: &'a mut dyn FnMut(Chunk),
+    drained: Drained,
+    until: Instant,
+}
+
+/// The pages of a CPU that may have something new.
+struct Fresh {
+    /// Oldest first, with how they looked.
+    pages: Vec<(Gpa, Head)>,
+    /// Whether they go on where reading stopped.
+    whole: bool,
+}
+
+impl<'a> Round<'a> {
+    /// Begins a round, for pages that are not older than `since`.
+    ///
+    /// # Errors
+    /// If there is no ring buffer where it should be.
+    pub(super) fn begin(
+        structs: Structs<'a>,
+        since: u64,
+        claims: &'a mut Claims,
+        sink: &'a mut dyn FnMut(Chunk),
+    ) -> Result<Self, RingError> {
+        let layout = structs.layout;
+        Ok(Self {
+            structs,
+            buffers: structs.pointer(layout.buffer, layout.buffers)?,
+            since,
+            claims,
+            sink,
+            drained: Drained::default(),
+            until: Instant::now() + ROUND_TIME,
+        })
+    }
+
+    /// Whether it has taken all that it may.
+    pub(super) fn is_over(&mut self) -> bool {
+        self.drained.cut |= self.drained.bytes >= ROUND_BYTES || Instant::now() >= self.until;
+        self.drained.cut
+    }
+
+    /// What it came to.
+    pub(super) fn end(self) -> Drained {
+        self.drained
+    }
+
+    /// One CPU's turn.
+    ///
+    /// # Errors
+    /// If guest memory is no more. Lists that lead nowhere are counted.
+    pub(super) fn cpu(&mut self, number: u16, cpu: &mut Cpu) -> Result<(), RingError> {
+        let done = self.read_cpu(number, cpu);
+        self.pass_over_damage(done)
+    }
+
+    fn pass_over_damage(&mut self, done: Result<(), RingError>) -> Result<(), RingError> {
+        match done {
+            Err(RingError::Lost { .. } | RingError::Ram(RamError::Unmapped { .. })) => {
+                self.drained.damaged += 1;
+                Ok(())
+            }
+            done => done,
+        }
+    }
+
+    fn read_cpu(&mut self, number: u16, cpu: &mut Cpu) -> Result<(), RingError> {
+        let slot = Gva(self.buffers.0.wrapping_add(8 * u64::from(number)));
+        let now = Gva(self.structs.load(slot)?);
+        if now.0 == 0 {
+            return Ok(());
+        }
+        if cpu.buffers.last().is_some_and(|buffer| buffer.at != now) {
+            // What the old one still has; it may be gone altogether.
+            let done = self.cpu_buffer(number, cpu);
+            self.pass_over_damage(done)?;
+            if self.is_over() {
+                return Ok(());
+            }
+            self.drained.swapped += 1;
+            cpu.gap.get_or_insert(Gap::Overrun);
+        }
+        match cpu.buffers.iter().position(|buffer| buffer.at == now) {
+            Some(known) => cpu
+                .buffers
+                .get_mut(known..)
+                .map_or((), |b| b.rotate_left(1)),
+            None => cpu.buffers.push(Buffer {
+                at: now,
+                pages: None,
+                cursor: cpu.resumed.take(),
+            }),
+        }
+        if cpu.buffers.len() > BUFFERS {
+            if let Some(pages) = cpu.buffers.remove(0).pages {
+                self.claims.release(number, pages);
+            }
+        }
+        self.cpu_buffer(number, cpu)
+    }
+
+    /// Reads the last of a CPU's buffers.
+    fn cpu_buffer(&mut self, number: u16, cpu: &mut Cpu) -> Result<(), RingError> {
+        let Some(buffer) = cpu.buffers.last_mut() else {
+            return Ok(());
+        };
+        for _ in 0..TRIES {
+            self.list(number, buffer)?;
+            let Some(listed) = &buffer.pages else {
+                return Ok(());
+            };
+            let Fresh { pages, whole } = self.fresh(buffer.at, listed, buffer.cursor.as_ref())?;
+            if !listed.stand(self.structs, buffer.at)? {
+                continue;
+            }
+            if !whole {
+                cpu.gap.get_or_insert(Gap::Overrun);
+            }
+            for (page, head) in pages {
+                if self.is_over() {
+                    break;
+                }
+                self.page(number, &mut buffer.cursor, &mut cpu.gap, page, head)?;
+            }
+            return Ok(());
+        }
+        // A guest that reads its own buffer that fast is tried again next time.
+        Ok(())
+    }
+
+    /// Brings the list of a buffer's pages up to date.
+    fn list(&mut self, number: u16, buffer: &mut Buffer) -> Result<(), RingError> {
+        if let Some(pages) = &buffer.pages {
+            if pages.hold(self.structs, buffer.at)? {
+                return Ok(());
+            }
+        }
+        if let Some(old) = buffer.pages.take() {
+            self.claims.release(number, old);
+        }
+        buffer.pages = Pages::list(self.structs, number, buffer.at, self.claims)?;
+        Ok(())
+    }
+
+    /// What may have something new.
+    fn fresh(
+        &self,
+        buffer: Gva,
+        listed: &Pages,
+        cursor: Option<&Cursor>,
+    ) -> Result<Fresh, RingError> {
+        let commit_page = self
+            .structs
+            .pointer(buffer, self.structs.layout.commit_page)?;
+        let ring = &listed.ring[..];
+        // What the guest's own readers took out is older than what is left,
+        // unless it is the page that is being written.
+        let outside = Some(listed.standing.outside)
+            .filter(|outside| ring.iter().all(|page| page.data != outside.data));
+        let reader = outside.filter(|outside| outside.holder != commit_page);
+        let (up_to, after) = match ring.iter().position(|page| page.holder == commit_page) {
+            Some(at) => ring.split_at(at + 1),
+            None => (&[][..], ring),
+        };
+        let last = outside.filter(|outside| outside.holder == commit_page);
+        let mut pages = Vec::new();
+        for page in reader.iter().chain(after).chain(up_to).chain(last.iter()) {
+            let head = self.structs.head(page.data)?;
+            if head.commit > 0 {
+                pages.push((page.data, head));
+            }
+        }
+        // Pages that were taken for new records since the commit page was
+        // looked up stand first, though they are the newest: next time.
+        let newest = pages.last().map_or(0, |(_, head)| head.time);
+        pages.retain(|(_, head)| head.time <= newest);
+        let Some(cursor) = cursor else {
+            pages.retain(|(_, head)| head.time >= self.since);
+            // Looked at last, for what was on these pages to be in it.
+            let overrun = self.structs.pointer(buffer, self.structs.layout.overrun)?;
+            return Ok(Fresh {
+                pages,
+                whole: overrun.0 == 0,
+            });
+        };
+        let at = pages
+            .iter()
+            .position(|(page, head)| cursor.is_at(*page, *head));
+        match at {
+            Some(at) => drop(pages.drain(..at)),
+            None => pages.retain(|(_, head)| head.time >= cursor.time),
+        }
+        // A ring with nothing in it was emptied: what comes next says so.
+        let whole = at.is_some() || pages.is_empty();
+        Ok(Fresh { pages, whole })
+    }
+
+    /// Copies what is new on one page that looked like `seen`, and moves the
+    /// cursor behind it.
+    fn page(
+        &mut self,
+        number: u16,
+        cursor: &mut Option<Cursor>,
+        gap: &mut Option<Gap>,
+        page: Gpa,
+        seen: Head,
+    ) -> Result<(), RingError> {
+        let old = cursor.as_ref().filter(|cursor| cursor.is_at(page, seen));
+        let from = old.map_or(0, |cursor| cursor.offset);
+        let tail = old
+            .and_then(|cursor| cursor.place.as_ref())
+            .map(|(_, tail)| tail.clone());
+        for _ in 0..TRIES {
+            let before = self.structs.head(page)?;
+            if before.time != seen.time || before.commit < seen.commit {
+                // Taken for new records meanwhile, which come with the next
+                // round. Before that, more may have been written here than was
+                // seen.
+                gap.get_or_insert(Gap::Overrun);
+                return Ok(());
+            }
+            if before.commit <= from {
+                return Ok(());
+            }
+            // A little from in front of what is new, to know the place by.
+            let known = tail.as_ref().map_or(0, Vec::len);
+            let start = from as usize - known.min(from as usize);
+            let mut bytes = vec![0; before.commit as usize - start];
+            let data = u64::from(self.structs.layout.data);
+            self.structs
+                .ram
+                .read(Gpa(page.0 + data + start as u64), &mut bytes)?;
+            let after = self.structs.head(page)?;
+            if after.time != before.time || after.commit < before.commit {
+                continue;
+            }
+            let skip = from as usize - start;
+            let same_place = tail.as_ref().is_none_or(|tail| bytes.starts_with(tail));
+            if !same_place || (from == 0 && before.missed) {
+                gap.get_or_insert(Gap::Overrun);
+            }
+            let (from, bytes) = if same_place {
+                (from, bytes.split_off(skip))
+            } else if start == 0 {
+                (0, bytes)
+            } else {
+                // Another round of the ring, at the same time of a clock that
+                // stands still: all of it is new.
+                if let Some(cursor) = cursor {
+                    cursor.place = None;
+                    cursor.offset = 0;
+                }
+                return self.page(number, cursor, gap, page, seen);
+            };
+            let last = bytes.len() - bytes.len().min(TAIL);
+            let tail = bytes.get(last..).unwrap_or_default().to_vec();
+            *cursor = Some(Cursor {
+                time: before.time,
+                offset: before.commit,
+                place: Some((page, tail)),
+            });
+            self.drained.pages += 1;
+            self.drained.bytes += bytes.len() as u64;
+            (self.sink)(Chunk {
+                cpu: number,
+                page_time: before.time,
+                offset: from,
+                bytes,
+                gap: gap.take(),
+            });
+            return Ok(());
+        }
+        self.drained.torn += 1;
+        *gap = Some(Gap::Torn);
+        Ok(())
+    }
+}

@@ -1,0 +1,247 @@
+//! The ring reader and the decoder over ring buffers that a guest made up: no
+//! panic, no hang, nothing read outside RAM, and no more of it than a round
+//! may hand out, whatever the guest claims to have.
+
+mod support;
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use proptest::prelude::*;
+use support::guest::{Guest, Plan, DIRECT_MAP};
+use support::hostile::{change, changes, Change};
+use support::ring::{layout, Writer, BUFFERS, FUNC, HOLDERS, KEY, PAGES, PER_CPU, TYPES};
+use xftrace::kernel::Gva;
+use xftrace::keys::{Entry, KeyHistory};
+use xftrace::ram::{Gpa, GuestRam, Layout, VecRam};
+use xftrace::ring::{Chunk, CodeMap, Decoder, Drained, RecordFormat, RingReader};
+
+/// Where the synthetic ring lies, where changes hurt most.
+const RING: (u64, u64) = (BUFFERS, PAGES + 0x1_0000 - BUFFERS);
+/// What a round may hand out, and one page more.
+const ROUND_LIMIT: u64 = (32 << 20) + 4096;
+/// A round may take 200 ms and one CPU's list of pages; this machine may be
+/// busy, and the code not optimised.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+struct Code;
+
+impl CodeMap for Code {
+    fn is_function(&self, at: Gva) -> bool {
+        at.0 == FUNC
+    }
+}
+
+/// A guest with a ring of `pages` pages that was filled more than once.
+fn filled(ram: VecRam, pages: u64) -> Guest {
+    let guest = Guest::load(Plan::default(), ram);
+    let mut writer = Writer::new(pages);
+    (0..pages * 150).for_each(|_| writer.record(300));
+    while !writer.stores.is_empty() {
+        writer.step(&guest.ram);
+    }
+    guest
+}
+
+fn ram() -> VecRam {
+    VecRam::new(Layout::flat(Plan::default().ram).expect("a layout"))
+}
+
+/// One round, which must keep to its bounds; and what it handed out must be
+/// decoded, whatever it is.
+fn round(reader: &mut RingReader, decoder: &mut Decoder, guest: &Guest) -> Option<Drained> {
+    let mut keys = KeyHistory::default();
+    keys.push(Entry {
+        epoch: 1,
+        key: KEY,
+        wall_ns: 0,
+        mono_ns: 0,
+    });
+    let (start, cpus, mut bytes) = (Instant::now(), reader.nr_cpus(), 0);
+    let drained = reader.drain(&guest.ram, &mut |chunk: Chunk| {
+        assert!(u32::from(chunk.cpu) < cpus);
+        assert!(chunk.offset as usize + chunk.bytes.len() <= 4080);
+        bytes += chunk.bytes.len() as u64;
+        decoder.chunk(&chunk, &keys, &Code, &mut |_| ());
+    });
+    assert!(bytes <= ROUND_LIMIT, "{bytes} bytes");
+    assert!(start.elapsed() < PATIENCE, "{:?}", start.elapsed());
+    drained.ok()
+}
+
+fn decoder() -> Decoder {
+    Decoder::new(RecordFormat::Keyed(TYPES), 1)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    #[test]
+    fn the_reader_stands_changes_to_the_ring(
+        changes in changes(RING.0, RING.1),
+        again in changes(RING.0, RING.1),
+        cpus in prop::sample::select(vec![1u32, 2, 64, 8192]),
+    ) {
+        let guest = filled(ram(), 6);
+        let mut reader = RingReader::new(guest.kernel(), layout(), cpus, 0);
+        let mut decoder = decoder();
+        for changes in [changes, again] {
+            changes.iter().for_each(|change| change.apply(&guest.ram));
+            for _ in 0..2 {
+                round(&mut reader, &mut decoder, &guest);
+            }
+        }
+    }
+
+    /// Words and only words, at the few places that everything hangs from.
+    #[test]
+    fn the_reader_stands_changes_to_its_anchors(
+        words in prop::collection::vec(
+            (0usize..6, prop::sample::select(vec![0u64, 1, 2, 3, 40, 4096, 1 << 18, 1 << 40, u64::MAX]), any::<bool>()),
+            1..8,
+        ),
+    ) {
+        let guest = filled(ram(), 6);
+        let mut reader = RingReader::new(guest.kernel(), layout(), 2, 0);
+        let mut decoder = decoder();
+        round(&mut reader, &mut decoder, &guest);
+        let anchors = [
+            BUFFERS + 64, BUFFERS + 0x100, PER_CPU + 40, PER_CPU + 56, PER_CPU + 88, HOLDERS,
+        ];
+        for (anchor, value, pointer) in words {
+            // Small numbers as they are, or as places among the structures.
+            let value = if pointer { DIRECT_MAP + HOLDERS + 64 * (value % 8) } else { value };
+            guest.ram.poke(Gpa(anchors[anchor]), &value.to_le_bytes());
+            round(&mut reader, &mut decoder, &guest);
+        }
+    }
+
+    /// The guest changes its ring between any two looks at it.
+    #[test]
+    fn the_reader_stands_changes_while_it_looks(
+        changes in prop::collection::vec(change(RING.0, RING.1), 1..64),
+        pace in 1usize..40,
+    ) {
+        let reads = AtomicUsize::new(0);
+        let ram = ram().with_hook(move |ram, _, _| {
+            let read = reads.fetch_add(1, Ordering::Relaxed);
+            // The guest is made, and its kernel found, before.
+            if read > 2000 && read.is_multiple_of(pace) {
+                if let Some(change) = changes.get(read / pace % changes.len()) {
+                    Change::apply(change, ram);
+                }
+            }
+        });
+        let guest = filled(ram, 6);
+        let mut reader = RingReader::new(guest.kernel(), layout(), 2, 0);
+        let mut decoder = decoder();
+        for _ in 0..60 {
+            round(&mut reader, &mut decoder, &guest);
+        }
+    }
+}
+
+/// One large ring that all of the CPUs have which the guest claims to have.
+#[test]
+fn a_ring_that_every_cpu_claims_is_read_once() {
+    const SIZE: u64 = 64 << 20;
+    const LONG: u64 = 4096;
+    let plan = Plan {
+        ram: SIZE,
+        ..Plan::default()
+    };
+    let guest = Guest::load(plan, VecRam::new(Layout::flat(SIZE).expect("a layout")));
+    let word = |at: u64, value: u64| guest.ram.poke(Gpa(at), &value.to_le_bytes());
+    let gva = |at: u64| DIRECT_MAP + at;
+    let (array, per_cpu, holders, pages) = (0x180_1000, 0x182_0000, 0x182_1000, 0x1a0_0000);
+    word(BUFFERS + 64, gva(array));
+    for cpu in 0..8192 {
+        // Of its own, but with the same pages.
+        let own = per_cpu + 0x40_0000 + 256 * cpu;
+        word(array + 8 * cpu, gva(own));
+        word(own + 40, LONG);
+        word(own + 56, gva(holders));
+        word(own + 80, gva(holders + 64 * (LONG - 1)));
+        word(own + 88, gva(holders + 64 * LONG));
+    }
+    for page in 0..=LONG {
+        word(holders + 64 * page, gva(holders + 64 * ((page + 1) % LONG)));
+        word(holders + 64 * page + 48, gva(pages + 4096 * page));
+        word(pages + 4096 * page, 1_000_000 + page);
+        word(pages + 4096 * page + 8, if page == LONG { 0 } else { 4080 });
+    }
+    let mut reader = RingReader::new(guest.kernel(), layout(), 8192, 0);
+    let mut read: HashMap<u16, u64> = HashMap::new();
+    let (start, mut damaged) = (Instant::now(), 0);
+    while damaged < 8191 {
+        let round = Instant::now();
+        let drained = reader.drain(&guest.ram, &mut |chunk| {
+            *read.entry(chunk.cpu).or_default() += chunk.bytes.len() as u64;
+        });
+        damaged += drained.expect("a round").damaged;
+        assert!(round.elapsed() < PATIENCE, "{:?}", round.elapsed());
+        assert!(start.elapsed() < 20 * PATIENCE, "no end");
+    }
+    assert_eq!(read, HashMap::from([(0, LONG * 4080)]));
+}
+
+/// More records than a round may hand out come with the next ones, all of
+/// them.
+#[test]
+fn what_a_round_leaves_comes_with_the_next() {
+    const SIZE: u64 = 128 << 20;
+    const LONG: u64 = 20_000;
+    let plan = Plan {
+        ram: SIZE,
+        ..Plan::default()
+    };
+    let guest = Guest::load(plan, VecRam::new(Layout::flat(SIZE).expect("a layout")));
+    let word = |at: u64, value: u64| guest.ram.poke(Gpa(at), &value.to_le_bytes());
+    let gva = |at: u64| DIRECT_MAP + at;
+    let (holders, pages) = (0x200_0000, 0x240_0000);
+    word(BUFFERS + 64, gva(BUFFERS + 0x100));
+    word(BUFFERS + 0x100, gva(PER_CPU));
+    word(PER_CPU + 40, LONG);
+    word(PER_CPU + 56, gva(holders));
+    word(PER_CPU + 80, gva(holders + 64 * (LONG - 1)));
+    word(PER_CPU + 88, gva(holders + 64 * LONG));
+    for page in 0..=LONG {
+        word(holders + 64 * page, gva(holders + 64 * ((page + 1) % LONG)));
+        word(holders + 64 * page + 48, gva(pages + 4096 * page));
+        word(pages + 4096 * page, 1_000_000 + page);
+        word(pages + 4096 * page + 8, if page == LONG { 0 } else { 4080 });
+    }
+    let mut reader = RingReader::new(guest.kernel(), layout(), 1, 0);
+    let (mut times, mut rounds) = (Vec::new(), 0);
+    loop {
+        let drained = reader.drain(&guest.ram, &mut |chunk| times.push(chunk.page_time));
+        let drained = drained.expect("a round");
+        assert!(drained.bytes <= ROUND_LIMIT);
+        rounds += 1;
+        if !drained.cut {
+            break;
+        }
+    }
+    assert!(rounds > 2, "{rounds} rounds");
+    assert_eq!(times, (1_000_000..1_000_000 + LONG).collect::<Vec<_>>());
+}
+
+/// A word of the ring's structures that leads outside RAM is no reason to stop
+/// reading the other CPUs.
+#[test]
+fn a_cpu_whose_list_is_damaged_is_passed_over() {
+    let guest = filled(ram(), 6);
+    let gva = DIRECT_MAP + PER_CPU + 0x200;
+    guest.ram.poke(Gpa(BUFFERS + 0x108), &gva.to_le_bytes());
+    for (at, value) in [(40, 6u64), (56, u64::MAX - 7), (88, DIRECT_MAP + HOLDERS)] {
+        guest
+            .ram
+            .poke(Gpa(PER_CPU + 0x200 + at), &value.to_le_bytes());
+    }
+    let mut reader = RingReader::new(guest.kernel(), layout(), 2, 0);
+    let drained = round(&mut reader, &mut decoder(), &guest).expect("a round");
+    assert_eq!(drained.damaged, 1);
+    assert!(drained.bytes > 5 * 4000, "{drained:?}");
+    assert!(guest.ram.check().is_ok());
+}
