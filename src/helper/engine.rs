@@ -28,6 +28,9 @@ use super::Attached;
 pub(super) const TICK_TRACING: Duration = Duration::from_millis(3);
 /// Between two looks at a guest that is not traced.
 const TICK_IDLE: Duration = Duration::from_millis(50);
+/// How long what is left at the end of a trace is read at most: a guest that
+/// goes on writing has no end.
+const DRAIN_REST: Duration = Duration::from_secs(60);
 /// How often the status is brought up to date.
 const STATUS_EVERY: Duration = Duration::from_millis(200);
 /// How long a tracer that somebody in the guest switched off goes untold
@@ -377,12 +380,11 @@ impl Engine {
     pub(super) fn drain_rest(&mut self) -> Result<(), TraceError> {
         // What was written before recording stopped is all there; a second
         // round that finds nothing says that the first had it all.
-        for _ in 0..1000 {
-            let Some(trace) = &mut self.trace else {
-                return Ok(());
-            };
-            if trace.drain(&self.watch)?.bytes == 0 {
-                return Ok(());
+        let until = Instant::now() + DRAIN_REST;
+        while let Some(trace) = &mut self.trace {
+            let drained = trace.drain(&self.watch)?;
+            if (drained.bytes == 0 && !drained.cut) || Instant::now() > until {
+                break;
             }
         }
         Ok(())

@@ -58,6 +58,8 @@ pub(super) struct Trace {
     saved: Instant,
     forged_told: u64,
     store_failed: bool,
+    /// The guest swapped its ring buffer for another, and it is yet to be told.
+    swapped: bool,
     said: RateLimit,
 }
 
@@ -159,6 +161,7 @@ impl Trace {
             saved: Instant::now(),
             forged_told: 0,
             store_failed: false,
+            swapped: false,
             said: RateLimit::new(10, Duration::from_secs(60)),
         }
     }
@@ -223,12 +226,26 @@ impl Trace {
         let Some(live) = &mut self.live else {
             return Ok(Drained::default());
         };
+        if let Link::Keyed(control) = &live.guest.link {
+            live.reader
+                .look_in(control.buffer_now(&*self.ram).map_err(RingError::from)?);
+        }
+        // No more than a round hands out.
         let mut chunks = Vec::new();
         let drained = live
             .reader
-            .drain(&*self.ram, &mut |chunk| chunks.push(chunk))?;
+            .drain(&*self.ram, &mut |chunk| chunks.push(chunk));
+        let drained = match drained {
+            // A guest that was just reset, or that wants no trace of it.
+            Err(RingError::Lost { .. }) => Drained {
+                damaged: 1,
+                ..Drained::default()
+            },
+            drained => drained?,
+        };
         self.writer.meta.counters.torn_pages += drained.torn;
         self.writer.meta.counters.damaged += drained.damaged;
+        self.swapped |= drained.swapped > 0;
         let doubtful = watch.silent() > HOLD_AFTER && !watch.busy();
         if doubtful && self.held_bytes < HOLD_LIMIT {
             self.held_bytes += chunks.iter().map(|chunk| chunk.bytes.len()).sum::<usize>();
@@ -320,6 +337,12 @@ impl Trace {
             self.finding(Finding {
                 wall_ns: wall_ns(),
                 kind: FindingKind::ForgedRecords { records },
+            })?;
+        }
+        if std::mem::take(&mut self.swapped) {
+            self.finding(Finding {
+                wall_ns: wall_ns(),
+                kind: FindingKind::BufferSwapped,
             })?;
         }
         if let Some(trouble) = self.keys.thread().and_then(KeyThread::take_trouble) {

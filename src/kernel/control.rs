@@ -231,6 +231,15 @@ impl Control {
         ram.read_u64(self.field(at::BOOT_ID))
     }
 
+    /// The `struct trace_buffer` that is recorded into now: a snapshot in the
+    /// guest swaps it for another.
+    ///
+    /// # Errors
+    /// If guest memory cannot be read.
+    pub fn buffer_now(&self, ram: &dyn GuestRam) -> Result<Gva, RamError> {
+        ram.read_u64(self.field(at::RING)).map(Gva)
+    }
+
     /// Looks at what the guest's kernel tells of itself now.
     ///
     /// # Errors

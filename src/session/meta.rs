@@ -242,6 +242,10 @@ pub enum FindingKind {
     TracerOff,
     /// The guest's ring buffer takes no records while the trace is on.
     RecordingOff,
+    /// The guest's ring buffer was swapped for another one (a snapshot) while
+    /// the trace is on. Both are read; but of two swaps between two looks one
+    /// goes unseen, and what was recorded between them is out of its order.
+    BufferSwapped,
     /// The file is as large as it may become: this is its last line, and what
     /// is found from here on is counted only.
     Full,
