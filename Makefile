@@ -21,15 +21,17 @@ deb: ## build the Debian package: target/debian/xftrace_*.deb
 demo: ## trace a guest from nothing: build, boot, enrol, trace, show (root)
 	tests/lab/demo
 
-# From quick to slow, so that what fails early fails soon. The guest's kernel is
+# From quick to slow, so that what fails early fails soon. The guests' kernels are
 # built before the tests that boot it, for its progress to be seen; the
 # end-to-end tests run with the binary that users run.
 test: ## run all tests, the end-to-end ones with real guests too (root)
 	tests/lab/bootstrap --test
 	$(CARGO) test --locked --workspace
-	guest-kernel-patches/check
+	guest-kernel-patches/check 6.1
+	guest-kernel-patches/check 6.12
 	packaging/test-deb
-	tests/lab/initramfs "$$(tests/lab/kernel)"
+	tests/lab/initramfs "$$(tests/lab/kernel 6.1)"
+	tests/lab/initramfs "$$(tests/lab/kernel 6.12)"
 	$(CARGO) test --locked --release --test e2e
 
 clean: ## remove what was built here (the lab's cache stays, in ~/.cache/xftrace-lab)

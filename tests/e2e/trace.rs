@@ -4,7 +4,9 @@
 use std::time::Duration;
 
 use xftrace::callflow::{events, Fit, Happening, Kernels, Limits};
+use xftrace_lab::{Backing, Domain};
 
+use crate::lab::TestGuest;
 use crate::traced::Traced;
 
 /// How many times the guest opens, reads and closes.
@@ -17,7 +19,21 @@ const BUFFER_BYTES: u64 = 1_441_792;
 /// Ground truth: a program that makes a known number of system calls.
 #[test]
 fn every_call_of_a_known_program_is_recorded_once() {
-    let guest = Traced::start_alone("truth");
+    a_known_program("truth", "6.1");
+}
+
+/// The same of the guest patch for the newer kernel.
+#[test]
+fn every_call_is_recorded_once_on_linux_6_12_too() {
+    a_known_program("truth612", "6.12");
+}
+
+fn a_known_program(name: &str, kernel: &str) {
+    let guest = Traced::start(TestGuest::define_alone(&Domain {
+        backing: Backing::File,
+        kernel: kernel.to_owned(),
+        ..Domain::new(name)
+    }));
     guest.on(&["sys_openat", "sys_read"]);
     let output = guest.run_for(&format!("rwloop {LOOPS}"), LOOP_TIME);
     let output = output.unwrap().success().unwrap();
