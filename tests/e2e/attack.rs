@@ -315,6 +315,37 @@ fn a_tracer_switched_off_in_the_guest_is_told() {
     assert_eq!(kinds, ["recording-off", "tracer-off"]);
 }
 
+/// A snapshot swaps the guest's ring buffer for another: both are read.
+#[test]
+fn a_snapshot_in_the_guest_takes_nothing_from_the_trace() {
+    const LOOPS: u64 = 1_000;
+    const SNAPSHOTS: u64 = 4;
+    let guest = start("snapshot");
+    guest.on(&["sys_read"]);
+    let mut pids = Vec::new();
+    for _ in 0..=SNAPSHOTS {
+        let said = guest.sh(&format!("rwloop {LOOPS}"));
+        let pid = said.split_whitespace().nth(1).expect("a pid");
+        pids.push(pid.parse().expect("a number"));
+        guest.sh("echo 1 > /sys/kernel/tracing/snapshot");
+    }
+    let session = guest.off();
+    let tally = tally(&session);
+    for pid in pids {
+        assert_eq!(tally.roots_of("__x64_sys_read", Some(pid)), LOOPS);
+    }
+    let counters = session.meta.counters;
+    assert_eq!((counters.forged, counters.lost), (0, 0), "{counters:?}");
+    let kinds: Vec<Value> = findings(&session)
+        .into_iter()
+        .map(|told| told["finding"].clone())
+        .collect();
+    assert!(
+        !kinds.is_empty() && kinds.iter().all(|kind| kind == "buffer-swapped"),
+        "{kinds:?}"
+    );
+}
+
 /// Everything in tracefs may be read while a keyed trace is on. It shows no
 /// addresses, does no harm, and the trace goes on.
 #[test]

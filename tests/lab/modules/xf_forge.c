@@ -24,6 +24,7 @@
 #include <linux/ring_buffer.h>
 #include <linux/sched.h>
 #include <linux/trace_events.h>
+#include <linux/version.h>
 #include <linux/xftrace.h>
 
 /* How many records further a number "ahead" is, and how old a key "stale" */
@@ -69,7 +70,11 @@ static int push(const void *record, size_t size)
 	if (!event)
 		return -ENOSPC;
 	memcpy(ring_buffer_event_data(event), record, size);
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 3, 0)
 	return ring_buffer_unlock_commit(buffer, event);
+#else
+	return ring_buffer_unlock_commit(buffer);
+#endif
 }
 
 static int forge(void)
