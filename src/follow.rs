@@ -68,7 +68,7 @@ pub fn follow(
     mut wait: impl FnMut(Duration) -> Next,
 ) -> Result<(), FollowError> {
     let clocks = Clocks(RefCell::new(session.meta.boots.clone()));
-    let kernels = Kernels::of(session);
+    let kernels = Kernels::of(session)?;
     let mut flow = Flow::new(&kernels, Limits::default());
     let mut follow = Follow::new(session)?;
     let last_cpu = session.meta.boots.last().map_or(0, |boot| boot.nr_cpus);
@@ -82,7 +82,7 @@ pub fn follow(
     let (mut came, mut shown, mut stalled) = (false, false, 0);
     let mut left = false;
     loop {
-        learn(&follow.refresh()?.boots, session, &kernels, &clocks);
+        learn(&follow.refresh()?.boots, session, &kernels, &clocks)?;
         let mut written = Ok(());
         let look = follow.look(Instant::now(), &mut |item| {
             came = true;
@@ -144,10 +144,16 @@ fn show<'n>(flow: &mut Flow<'n, Kernels<'_>>, sink: &mut dyn Sink) -> io::Result
 }
 
 /// Takes note of boots that are new, and of clocks that are better known.
-fn learn<'a>(boots: &[Boot], session: &'a Session, kernels: &Kernels<'a>, clocks: &Clocks) {
+fn learn<'a>(
+    boots: &[Boot],
+    session: &'a Session,
+    kernels: &Kernels<'a>,
+    clocks: &Clocks,
+) -> Result<(), SessionError> {
     let mut known = clocks.0.borrow_mut();
     for boot in boots.iter().skip(known.len()) {
-        kernels.add(boot.number, &session.symbols, boot.slide);
+        kernels.add(boot.number, session.symbols(boot)?, boot.slide);
     }
     boots.clone_into(&mut known);
+    Ok(())
 }

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::names::{Kind, Name, Names};
 use crate::kernel::{Gva, Symbols};
-use crate::session::Session;
+use crate::session::{Session, SessionError};
 
 /// Where x86-64 loads modules, with and without RANDOMIZE_BASE: MODULES_VADDR
 /// and MODULES_END (arch/x86/include/asm/pgtable_64_types.h). The kernel's own
@@ -54,9 +54,15 @@ impl<'a> Kernels<'a> {
     }
 
     /// Those of a session.
-    pub fn of(session: &'a Session) -> Self {
-        let boots = session.meta.boots.iter();
-        Self::new(boots.map(|boot| (boot.number, &session.symbols, boot.slide)))
+    ///
+    /// # Errors
+    /// If the symbols of one cannot be read.
+    pub fn of(session: &'a Session) -> Result<Self, SessionError> {
+        let kernels = Self::default();
+        for boot in &session.meta.boots {
+            kernels.add(boot.number, session.symbols(boot)?, boot.slide);
+        }
+        Ok(kernels)
     }
 }
 

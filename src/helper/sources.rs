@@ -38,8 +38,9 @@ struct Source {
     content: Result<Glance, String>,
 }
 
-/// Another file of that name has another one.
-type Stamp = (u64, u64, i64, i64);
+/// Device, inode, length, and when it was written, seconds and nanoseconds:
+/// another content of that name has another one.
+type Stamp = (u64, u64, u64, i64, i64);
 
 /// What tells whether a kernel may be the guest's.
 #[derive(Debug)]
@@ -187,8 +188,9 @@ impl Sources {
 /// What tells this content of the file from another; nothing, if it is gone.
 fn stamp(path: &Path) -> Stamp {
     let meta = std::fs::metadata(path);
-    meta.map_or((0, 0, 0, 0), |meta| {
-        (meta.ino(), meta.len(), meta.mtime(), meta.mtime_nsec())
+    meta.map_or((0, 0, 0, 0, 0), |meta| {
+        let written = (meta.mtime(), meta.mtime_nsec());
+        (meta.dev(), meta.ino(), meta.len(), written.0, written.1)
     })
 }
 

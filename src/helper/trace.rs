@@ -92,7 +92,7 @@ impl Trace {
         ram: Arc<dyn GuestRam>,
     ) -> Result<Self, TraceError> {
         let interval = Duration::from_nanos(meta.interval_ns);
-        let writer = SessionWriter::create(dir, meta, &guest.symbols, guest.kernel.slide)?;
+        let writer = SessionWriter::create(dir, meta)?;
         let keys = keys(guest, watch, &ram, interval, 0, || {
             Ok((Klog::create(&dir.join(KLOG_FILE))?, KeyHistory::default()))
         })?;
@@ -180,10 +180,14 @@ impl Trace {
         let (reader, array) = guest
             .link
             .reader(&*self.ram, &guest.kernel, since, functions)?;
+        let symbols = self
+            .writer
+            .store_symbols(&guest.symbols, guest.kernel.slide)?;
         self.writer.meta.boots.push(Boot {
             number,
             boot_id: guest.link.boot_id(),
             banner: guest.kernel.banner.clone(),
+            symbols,
             slide: guest.kernel.slide,
             phys_text: guest.kernel.phys_text.0,
             levels: guest.kernel.levels,

@@ -91,7 +91,7 @@ impl Format {
         session: &Session,
         out: impl Write,
     ) -> Result<Tally, ReportError<SessionError>> {
-        let names = Kernels::of(session);
+        let names = Kernels::of(session).map_err(ReportError::Read)?;
         self.write(out, &Heading::of(session), session, &names, || {
             session.items()
         })

@@ -205,7 +205,7 @@ impl<'a> Follow<'a> {
         let share = (half / boot.nr_cpus.max(1) as usize).max(1);
         let mut held = self.held();
         let code = GuestCode {
-            symbols: &self.session.symbols,
+            symbols: self.session.symbols(boot)?,
             slide: boot.slide,
         };
         for (&cpu, stream) in &mut self.streams {

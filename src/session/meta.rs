@@ -10,7 +10,7 @@ use uuid::Uuid;
 use crate::keys::Tamper;
 use crate::ring::{RecordFormat, Written};
 
-use super::SessionError;
+use super::{MapId, SessionError};
 
 /// The name of the file in the session's directory.
 pub const META_FILE: &str = "session.json";
@@ -98,6 +98,8 @@ pub struct Boot {
     pub boot_id: u64,
     /// `linux_banner` as it stands in guest memory.
     pub banner: String,
+    /// Which of the session's symbols are its kernel's.
+    pub symbols: MapId,
     /// Run-time address minus link-time address, wrapping.
     pub slide: u64,
     /// Where the image lies, guest physical.

@@ -4,7 +4,7 @@
 //! /var/log/libvirt/qemu/DOMAIN.xftrace/20261123T093000Z/
 //!   session.json      what, of whom, when, and every count   (Meta)
 //!   klog              the keys                               (keys::Klog)
-//!   System.map        the symbols it is read with
+//!   System.map-DIGEST the symbols it is read with, one a kernel (MapId)
 //!   ring/boot1-cpu0   what was in that CPU's buffer, as it lay there
 //!   findings.jsonl    what the guest was caught at
 //!   trace_graph.txt   the call flow
@@ -19,6 +19,7 @@
 //! This module may use `ring` and what is before it.
 
 mod follow;
+mod maps;
 mod meta;
 mod place;
 mod read;
@@ -26,6 +27,7 @@ mod store;
 mod write;
 
 pub use follow::{Follow, Look, HELD, SETTLE};
+pub use maps::MapId;
 pub use meta::{
     Boot, ClockPair, Counters, EndReason, Finding, FindingKind, GuestCounts, Meta, Mode,
     QemuProcess, State, SwitchChange, META_FILE,
@@ -43,8 +45,6 @@ use crate::keys::KlogError;
 
 /// The file in a session's directory that holds its keys.
 pub const KLOG_FILE: &str = "klog";
-/// The file in a session's directory that holds its symbols.
-pub const SYMBOLS_FILE: &str = "System.map";
 /// The file in a session's directory that holds its call flow.
 pub const GRAPH_FILE: &str = "trace_graph.txt";
 /// The file in a session's directory that holds what the guest was caught at.
@@ -77,6 +77,9 @@ pub enum SessionError {
     /// A file of records that is none.
     #[error("{0:?} holds no ring-buffer chunks")]
     NotChunks(PathBuf),
+    /// Symbols that are not what their name says.
+    #[error("{0:?} was changed since the session was written: its content does not match the digest in its name; put the file back as it was")]
+    MapChanged(PathBuf),
     /// The keys.
     #[error(transparent)]
     Klog(#[from] KlogError),

@@ -9,8 +9,9 @@ use crate::keys::{KeyHistory, Klog};
 use crate::ring::record::Item;
 use crate::ring::{CodeMap, Decoder};
 
+use super::maps::Maps;
 use super::store::ChunkReader;
-use super::{Boot, Meta, Mode, SessionError, KLOG_FILE, SYMBOLS_FILE};
+use super::{Boot, Meta, Mode, SessionError, KLOG_FILE};
 
 /// `MODULES_VADDR` and `MODULES_END` (arch/x86/include/asm/pgtable_64_types.h)
 /// of a kernel with RANDOMIZE_BASE, whose image has 1 GiB.
@@ -45,10 +46,9 @@ pub struct Session {
     dir: PathBuf,
     /// What it is.
     pub meta: Meta,
-    /// Its symbols.
-    pub symbols: Symbols,
     /// Its keys; none in plain mode.
     pub keys: KeyHistory,
+    maps: Maps,
 }
 
 impl Session {
@@ -58,17 +58,29 @@ impl Session {
     /// If any of its files is missing or cannot be understood.
     pub fn open(dir: &Path) -> Result<Self, SessionError> {
         let meta = Meta::load(dir)?;
-        let symbols = Symbols::load(&dir.join(SYMBOLS_FILE))?;
         let keys = match meta.mode {
             Mode::Keyed => Klog::read(&dir.join(KLOG_FILE))?,
             Mode::Plain => KeyHistory::default(),
         };
-        Ok(Self {
+        let session = Self {
             dir: dir.to_owned(),
             meta,
-            symbols,
             keys,
-        })
+            maps: Maps::default(),
+        };
+        for boot in &session.meta.boots {
+            session.symbols(boot)?;
+        }
+        Ok(session)
+    }
+
+    /// The symbols of the kernel that ran in a boot, which may be one that came
+    /// since the session was opened.
+    ///
+    /// # Errors
+    /// If it did, and they cannot be read.
+    pub fn symbols(&self, boot: &Boot) -> Result<&Symbols, SessionError> {
+        self.maps.get(&self.dir, &boot.symbols)
     }
 
     /// Where it lies.
@@ -138,7 +150,7 @@ impl<'a> Merge<'a> {
         let mut merge = Self {
             keys: &session.keys,
             code: GuestCode {
-                symbols: &session.symbols,
+                symbols: session.symbols(boot)?,
                 slide: boot.slide,
             },
             streams: Vec::new(),

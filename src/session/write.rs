@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, BufWriter, Write};
+use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -11,24 +11,11 @@ use crate::kernel::Symbols;
 use crate::ring::Chunk;
 
 use super::store::{ChunkReader, ChunkWriter};
-use super::{Finding, FindingKind, Meta, SessionError, FINDINGS_FILE, SYMBOLS_FILE};
+use super::{maps, Finding, FindingKind, MapId, Meta, SessionError, FINDINGS_FILE};
 
 /// How large `findings.jsonl` may become, bytes: a guest can change its keys as
 /// often as it likes.
 const FINDINGS_LIMIT: u64 = 4 << 20;
-
-/// As a System.map, whatever kind of file the symbols are from: text that can
-/// be read anywhere.
-fn write_symbols(path: &Path, symbols: &Symbols, slide: u64) -> io::Result<()> {
-    let file = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(path)?;
-    let mut out = BufWriter::new(file);
-    symbols.write_map(&mut out, slide)?;
-    out.flush()
-}
 
 /// A session that grows.
 #[derive(Debug)]
@@ -43,17 +30,11 @@ pub struct SessionWriter {
 }
 
 impl SessionWriter {
-    /// Makes the directory `dir` of a new session, for root's eyes only, with
-    /// a copy of the symbols of a kernel that runs at `slide`.
+    /// Makes the directory `dir` of a new session, for root's eyes only.
     ///
     /// # Errors
     /// If it is there already or cannot be written.
-    pub fn create(
-        dir: &Path,
-        meta: Meta,
-        symbols: &Symbols,
-        slide: u64,
-    ) -> Result<Self, SessionError> {
+    pub fn create(dir: &Path, meta: Meta) -> Result<Self, SessionError> {
         let private = |path: &Path| {
             DirBuilder::new()
                 .mode(0o700)
@@ -62,8 +43,6 @@ impl SessionWriter {
         };
         private(dir)?;
         private(&dir.join("ring"))?;
-        let copy = dir.join(SYMBOLS_FILE);
-        write_symbols(&copy, symbols, slide).map_err(SessionError::io("write", copy))?;
         let writer = Self::open(dir, meta)?;
         writer.save()?;
         Ok(writer)
@@ -141,6 +120,15 @@ impl SessionWriter {
         self.flush()?;
         self.chunks.clear();
         Ok(())
+    }
+
+    /// Keeps the symbols of a kernel that runs at `slide`, for its boot to
+    /// name.
+    ///
+    /// # Errors
+    /// If they cannot be written.
+    pub fn store_symbols(&self, symbols: &Symbols, slide: u64) -> Result<MapId, SessionError> {
+        maps::store(&self.dir, symbols, slide)
     }
 
     /// Stores a chunk of the newest boot.

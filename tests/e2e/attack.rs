@@ -91,7 +91,7 @@ impl Traced {
 }
 
 fn tally(session: &Session) -> Tally {
-    let names = Kernels::of(session);
+    let names = Kernels::of(session).expect("its symbols");
     let mut flow = events(session.items(), &names, Limits::default());
     for event in flow.by_ref() {
         event.expect("an event");

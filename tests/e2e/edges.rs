@@ -97,7 +97,7 @@ fn finish(program: &mut Job) {
 
 /// The edges of a task's calls in a session.
 fn edges_of(session: &Session, pid: u32) -> BTreeMap<Edge, u64> {
-    let names = Kernels::of(session);
+    let names = Kernels::of(session).expect("its symbols");
     let mut edges = Edges::new(&names, 100_000);
     for event in events(session.items(), &names, Limits::default()) {
         let event = event.expect("an event");

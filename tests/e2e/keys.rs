@@ -133,10 +133,11 @@ fn no_record_shows_an_address_without_its_key() {
     guest.on(&["sys_openat", "sys_read"]);
     std::thread::sleep(Duration::from_secs(1));
     let open = guest.session();
-    let kernel = find_all(&ram, &open.symbols).expect("a kernel").remove(0);
-    let control = Control::attach(&ram, &kernel, &open.symbols).expect("its control block");
+    let symbols = open.symbols(&open.meta.boots[0]).expect("its symbols");
+    let kernel = find_all(&ram, symbols).expect("a kernel").remove(0);
+    let control = Control::attach(&ram, &kernel, symbols).expect("its control block");
     let code = GuestCode {
-        symbols: &open.symbols,
+        symbols,
         slide: kernel.slide,
     };
     let keyed = ring_in_memory(&ram, &kernel, &control);
@@ -148,12 +149,8 @@ fn no_record_shows_an_address_without_its_key() {
     // The same in the session, and record by record.
     let session = guest.off();
     let (mut records, mut plain) = (0, 0);
-    let is_text = |value: u64| {
-        session
-            .symbols
-            .text()
-            .contains(&Gva(value.wrapping_sub(code.slide)))
-    };
+    let text = symbols.text();
+    let is_text = |value: u64| text.contains(&Gva(value.wrapping_sub(code.slide)));
     raw_records(
         &session,
         &mut |raw| {
@@ -259,7 +256,9 @@ fn every_record_decodes_under_the_epoch_it_names_and_no_other() {
     let counters = session.meta.counters;
     assert_eq!((counters.forged, counters.tampered), (0, 0), "{counters:?}");
     let code = GuestCode {
-        symbols: &session.symbols,
+        symbols: session
+            .symbols(&session.meta.boots[0])
+            .expect("its symbols"),
         slide: session.meta.boots[0].slide,
     };
     let klog = klog(&session);

@@ -41,7 +41,7 @@ fn pid_of(said: &str) -> i32 {
 
 /// How often the session has that process of that boot call `read`.
 fn recorded_reads(session: &Session, boot: u32, pid: i32) -> u64 {
-    let names = Kernels::of(session);
+    let names = Kernels::of(session).expect("its symbols");
     let mut reads = 0;
     for item in session.items() {
         let item = item.expect("a record");

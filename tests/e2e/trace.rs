@@ -47,7 +47,7 @@ fn a_known_program(name: &str, kernel: &str) {
         format!("opens {LOOPS} reads {LOOPS} closes {LOOPS}")
     );
 
-    let names = Kernels::of(&session);
+    let names = Kernels::of(&session).expect("its symbols");
     let mut flow = events(session.items(), &names, Limits::default());
     // The read that is open: its id, and how many calls of vfs_read are below it.
     let mut open = None;

@@ -12,15 +12,25 @@ use xftrace::session::{
     Boot, ClockPair, Counters, EndReason, Meta, Mode, QemuProcess, SessionWriter, State, KLOG_FILE,
 };
 
-const SYMBOLS: &str = "\
+/// The symbols of a kernel whose functions lie `shift` further on.
+fn symbols(shift: u64) -> Symbols {
+    let text = format!(
+        "\
 ffffffff81000000 T _text
 ffffffff81000000 T _stext
-ffffffff81001000 T __x64_sys_read
-ffffffff81002000 T vfs_read
-ffffffff81003000 T do_syscall_64
+{:x} T __x64_sys_read
+{:x} T vfs_read
+{:x} T do_syscall_64
 ffffffff81004000 T _etext
 ffffffff81600000 D _end
-";
+",
+        SYS_READ + shift,
+        VFS_READ + shift,
+        SYSCALL - 0x10 + shift
+    );
+    Symbols::parse(text.into()).expect("symbols")
+}
+
 const SYS_READ: u64 = 0xffff_ffff_8100_1000;
 const VFS_READ: u64 = 0xffff_ffff_8100_2000;
 const SYSCALL: u64 = 0xffff_ffff_8100_3010;
@@ -44,6 +54,8 @@ pub(crate) struct Growing {
     klog: Klog,
     /// The number of each CPU's next record.
     seqs: [u32; 16],
+    /// Where the functions of the kernel that runs lie.
+    shift: u64,
 }
 
 /// A record, and what it says.
@@ -65,15 +77,15 @@ impl Growing {
     /// With one boot, whose clock is not known, and one key.
     pub(crate) fn new(cpus: u32) -> Self {
         let temp = tempfile::tempdir().expect("a directory");
-        let symbols = Symbols::parse(SYMBOLS.as_bytes().into()).expect("symbols");
         let dir = temp.path().join("session");
-        let writer = SessionWriter::create(&dir, meta(), &symbols, 0).expect("a session");
+        let writer = SessionWriter::create(&dir, meta()).expect("a session");
         let klog = Klog::create(&dir.join(KLOG_FILE)).expect("a key log");
         let mut growing = Self {
             _temp: temp,
             writer,
             klog,
             seqs: [0; 16],
+            shift: 0,
         };
         growing.rotate();
         growing.boot(cpus);
@@ -88,15 +100,27 @@ impl Growing {
         self.dir().join(format!("ring/boot{boot}-cpu{cpu}"))
     }
 
+    /// The next boot, of a kernel of its own, whose functions lie `shift`
+    /// further on.
+    pub(crate) fn boot_other(&mut self, cpus: u32, shift: u64) {
+        self.shift = shift;
+        self.boot(cpus);
+    }
+
     /// The next boot, as the helper begins it.
     pub(crate) fn boot(&mut self, cpus: u32) {
         self.writer.next_boot().expect("a flush");
         self.seqs = [0; 16];
         let number = self.writer.meta.boots.len() as u32 + 1;
+        let symbols = self
+            .writer
+            .store_symbols(&symbols(self.shift), slide(number))
+            .expect("room on the disk");
         self.writer.meta.boots.push(Boot {
             number,
             boot_id: number.into(),
             banner: "Linux version 6.1.0-test".into(),
+            symbols,
             slide: slide(number),
             phys_text: 0x100_0000,
             levels: 4,
@@ -168,14 +192,14 @@ impl Growing {
             Record::RootReturn => (TYPES.ret, 0, SYS_READ, SYSCALL),
         };
         let epoch = self.klog.last_epoch();
-        let slide = slide(self.writer.meta.boots.len() as u32);
+        let moved = self.shift + slide(self.writer.meta.boots.len() as u32);
         let seq = &mut self.seqs[usize::from(cpu)];
         // Corresponds to struct xftrace_call_entry and those that begin like it.
         let mut bytes = kind.to_le_bytes().to_vec();
         bytes.extend([0; 2]);
         bytes.extend((100 + i32::from(cpu)).to_le_bytes());
-        bytes.extend(((func + slide) ^ key(epoch)).to_le_bytes());
-        bytes.extend(((caller + slide) ^ key(epoch)).to_le_bytes());
+        bytes.extend(((func + moved) ^ key(epoch)).to_le_bytes());
+        bytes.extend(((caller + moved) ^ key(epoch)).to_le_bytes());
         bytes.extend((epoch as u32).to_le_bytes());
         bytes.extend(seq.to_le_bytes());
         bytes.extend(i32::to_le_bytes(depth));

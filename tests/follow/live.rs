@@ -87,6 +87,44 @@ fn a_session_that_is_closed_is_told_of_as_a_report_does() {
     }
 }
 
+/// A guest may be rebooted into another kernel while it is traced.
+#[test]
+fn each_boot_has_the_symbols_of_its_own_kernel() {
+    let mut growing = Growing::new(1);
+    growing.pair();
+    read(&mut growing, 0, PAIRED);
+    // The second of these two is found only after the session was opened.
+    let shown = followed(&mut growing, LiveFormat::Json, |growing, looks| {
+        match looks {
+            1 => {
+                growing.boot_other(1, 0x300);
+                read(growing, 0, PAIRED);
+                growing.boot_other(1, 0);
+                read(growing, 0, PAIRED);
+            }
+            2 => growing.close(),
+            _ => {}
+        }
+        Next::More
+    });
+    let named = shown.matches(r#""type":"leaf""#).count();
+    let right = shown.matches(r#""func":"vfs_read""#).count();
+    assert_eq!((named, right), (3, 3), "{shown}");
+    let session = Session::open(growing.dir()).expect("a session");
+    let mut reported = Vec::new();
+    let tally = Format::Json.session(&session, &mut reported);
+    assert_eq!(tally.expect("a report").forged.total(), 0);
+    // The header, which is written before there are boots, apart.
+    let events = |text: &str| text.lines().skip(1).map(str::to_owned).collect::<Vec<_>>();
+    let reported = String::from_utf8(reported).expect("text");
+    assert_eq!(events(&shown), events(&reported));
+    // Two boots of one kernel have one file.
+    let files = std::fs::read_dir(growing.dir()).expect("the session");
+    let names = files.map(|file| file.expect("a file").file_name());
+    let maps = names.filter(|name| name.to_string_lossy().starts_with("System.map-"));
+    assert_eq!(maps.count(), 2);
+}
+
 #[test]
 fn a_time_that_is_not_known_yet_is_not_shown() {
     let mut growing = Growing::new(1);

@@ -100,6 +100,14 @@ impl Symbols {
     /// [`SymbolsError::Io`] if it cannot be read, [`SymbolsError::Content`]
     /// if it is not such a file.
     pub fn load(path: &Path) -> Result<Self, SymbolsError> {
+        Self::parse_file(path, Self::read(path)?)
+    }
+
+    /// Reads the bytes of such a file.
+    ///
+    /// # Errors
+    /// As [`Symbols::load`], if it cannot be read or is no file, or too large.
+    pub fn read(path: &Path) -> Result<Vec<u8>, SymbolsError> {
         let content = |fault| SymbolsError::Content {
             path: path.to_path_buf(),
             fault,
@@ -125,7 +133,18 @@ impl Symbols {
         if bytes.len() as u64 == limit {
             return Err(content(SymbolsFault::TooLarge(meta.len().max(limit))));
         }
-        Self::parse(bytes).map_err(content)
+        Ok(bytes)
+    }
+
+    /// As [`Symbols::parse`], for what was read from `path`.
+    ///
+    /// # Errors
+    /// The first thing that is wrong with it.
+    pub fn parse_file(path: &Path, bytes: Vec<u8>) -> Result<Self, SymbolsError> {
+        Self::parse(bytes).map_err(|fault| SymbolsError::Content {
+            path: path.to_path_buf(),
+            fault,
+        })
     }
 
     /// Reads the content of such a file.
