@@ -17,10 +17,10 @@ use crate::config::{parse_function, parse_interval, ByteSize, DEFAULT_CONFIG_PAT
 /// Record which kernel functions a Linux guest calls, from its host, while it runs
 ///
 /// xftrace reads the trace straight out of the guest's memory, which libvirt
-/// keeps in a file on the host. Each record is encrypted inside the guest with
-/// a key that only the host hands out and that changes every interval, so that
-/// a record made up inside the guest does not decode. The guest is never
-/// paused.
+/// keeps in a file on the host. The addresses in each record are XORed inside
+/// the guest with a key that only the host hands out and that changes every
+/// interval, so that a record made up without the key does not decode. That is
+/// evidence, not secrecy. The guest is never paused.
 #[derive(Debug, Parser)]
 #[command(
     name = "xftrace",
@@ -300,14 +300,14 @@ pub struct OffArgs {
 /// Show what is traced, and every count of what was lost or forged
 ///
 /// Without -d, all domains that have a helper. Each counter says what it
-/// counts: records, overruns, records under no known key, keys the guest
-/// changed, silent CPUs.
+/// counts: records, those that are lost and in how many places, those under no
+/// known key, keys that the guest changed, pages torn under the copy.
 #[derive(Debug, Clone, Args)]
 #[command(after_long_help = "\
 Examples:
   xftrace status
   xftrace status -d web1
-  xftrace status --json | jq '.[].lost'")]
+  xftrace status --json | jq '.[].trace.counters.lost'")]
 pub struct StatusArgs {
     /// The domain: a name, id or UUID [default: all that have a helper]
     #[arg(short, long, value_name = "DOMAIN", value_parser = domain_text)]
@@ -336,7 +336,7 @@ pub struct ListArgs {
 /// Decode a recorded session
 ///
 /// A session can be decoded again at any time, on any machine that has its
-/// directory and the System.map; neither the domain nor libvirt is needed.
+/// directory; neither the domain nor libvirt is needed.
 /// With -d, the newest session of that domain.
 #[derive(Debug, Clone, Args)]
 #[command(
@@ -399,8 +399,8 @@ pub enum Clock {
 #[command(after_long_help = "\
 Examples:
   xftrace follow
-  xftrace follow -d web1 | grep FORGED
-  xftrace follow --format json | grep lost
+  xftrace follow -d web1 | grep '!!'     what is forged, lost, or cannot be right
+  xftrace follow --format json | grep '\"type\":\"lost\"'
   xftrace follow | head -100")]
 pub struct FollowArgs {
     /// Which domain.

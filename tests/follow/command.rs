@@ -17,7 +17,7 @@ use tempfile::TempDir;
 use uuid::Uuid;
 use xftrace::helper::protocol::{GuestStatus, Line, Reply, Request, Status, TraceStatus};
 use xftrace::libvirt::run_dir::RunDir;
-use xftrace::session::{Counters, Mode, QemuProcess};
+use xftrace::session::{Counters, Meta, Mode, QemuProcess, GRAPH_FILE};
 
 use crate::growing::{Growing, Record, PAIRED};
 
@@ -25,14 +25,14 @@ const UUID: Uuid = Uuid::from_u128(0x1111_2222_3333_4444_5555_6666_7777_8888);
 /// More than any ending takes on a machine that is busy.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A host of libvirt's test driver: web-1 is enrolled by its name and runs,
+/// A host of libvirt's test driver: web1 is enrolled by its name and runs,
 /// plain is not enrolled.
-struct Host {
+pub(crate) struct Host {
     dir: TempDir,
 }
 
 impl Host {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         let domain = |name: &str, uuid: Uuid| {
             format!(
@@ -43,17 +43,37 @@ impl Host {
         };
         let node = format!(
             "<node>{}{}</node>",
-            domain("web-1", UUID),
+            domain("web1", UUID),
             domain("plain", Uuid::from_u128(2))
         );
         let shown = dir.path().display();
         let config = format!(
-            "auto_enroll = [\"web-*\"]\n[paths]\nrun = \"{shown}/run\"\nsessions = \"{shown}\"\n"
+            "auto_enroll = [\"web*\"]\n[paths]\nrun = \"{shown}/run\"\nsessions = \"{shown}\"\n"
         );
         fs::write(dir.path().join("node.xml"), node).expect("a file");
         fs::write(dir.path().join("xftrace.toml"), config).expect("a file");
-        fs::create_dir(dir.path().join("run")).expect("a directory");
+        // As the hook saves it when the domain starts.
+        let saved = domain("web1", UUID);
+        RunDir::at(&dir.path().join("run"))
+            .save(UUID, saved.as_bytes())
+            .expect("a file");
         Self { dir }
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// `xftrace` with the options that name this host, for a shell.
+    pub(crate) fn shell(&self) -> String {
+        let (binary, dir) = (
+            assert_cmd::cargo::cargo_bin!("xftrace"),
+            self.dir.path().display(),
+        );
+        format!(
+            "{} -c test://{dir}/node.xml --config {dir}/xftrace.toml",
+            binary.display()
+        )
     }
 
     /// `xftrace follow`, with its output in pipes.
@@ -72,11 +92,16 @@ impl Host {
         command
     }
 
-    /// A helper that says of `session` that it is on.
-    fn helper(&self, session: Option<&Path>) -> Helper {
+    /// A helper that says of `session` that it is on, or ends it.
+    pub(crate) fn helper(&self, session: Option<&Path>) -> Helper {
         let socket = RunDir::at(&self.dir.path().join("run")).socket_path(UUID);
         let listener = UnixListener::bind(&socket).expect("a socket");
         let status = status(session.map(Path::to_owned));
+        let ended = session.map(|dir| Reply::Off {
+            session: dir.to_owned(),
+            graph: dir.join(GRAPH_FILE),
+            counters: Counters::default(),
+        });
         let stop = Arc::new(AtomicBool::new(false));
         let told = Arc::clone(&stop);
         let thread = std::thread::spawn(move || {
@@ -85,10 +110,12 @@ impl Host {
                     break;
                 }
                 let mut line = Line::new(stream.expect("a connection"));
-                if let Ok(Some(Request::Status)) = line.receive() {
-                    line.send(&Reply::Status(Box::new(status.clone())))
-                        .expect("an answer");
-                }
+                let reply = match (line.receive(), &ended) {
+                    (Ok(Some(Request::Status)), _) => Reply::Status(Box::new(status.clone())),
+                    (Ok(Some(Request::Off)), Some(ended)) => ended.clone(),
+                    _ => continue,
+                };
+                line.send(&reply).expect("an answer");
             }
         });
         Helper {
@@ -99,7 +126,7 @@ impl Host {
     }
 }
 
-struct Helper {
+pub(crate) struct Helper {
     socket: PathBuf,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
@@ -117,8 +144,7 @@ impl Drop for Helper {
 }
 
 fn status(session: Option<PathBuf>) -> Status {
-    let trace = |session| TraceStatus {
-        session,
+    let trace = |session: PathBuf| TraceStatus {
         mode: Mode::Keyed,
         functions: vec!["__x64_sys_read".into()],
         since_ns: 0,
@@ -126,10 +152,11 @@ fn status(session: Option<PathBuf>) -> Status {
         epoch: Some(1),
         boot: 1,
         stored: 0,
-        counters: Counters::default(),
+        counters: session_counters(&session),
+        session,
     };
     Status {
-        domain: "web-1".into(),
+        domain: "web1".into(),
         uuid: UUID,
         helper_pid: 1,
         qemu: QemuProcess {
@@ -141,6 +168,11 @@ fn status(session: Option<PathBuf>) -> Status {
         trace: session.map(trace),
         last_session: None,
     }
+}
+
+/// What a session that is there has counted.
+fn session_counters(dir: &Path) -> Counters {
+    Meta::load(dir).map_or_else(|_| Counters::default(), |meta| meta.counters)
 }
 
 /// A command that follows, and what it has said so far.
@@ -242,7 +274,7 @@ fn says_why_there_is_nothing_to_follow() {
         "domain 'plain' is not enrolled: type `xftrace enroll plain`",
     );
     // No helper, and one that has nothing on.
-    let off = "no trace is on for domain 'web-1': begin one with `xftrace on -d web-1`";
+    let off = "no trace is on for domain 'web1': begin one with `xftrace on -d web1`";
     refused(&[], off);
     let helper = host.helper(None);
     refused(&[], off);
@@ -280,7 +312,7 @@ fn a_signal_ends_it_well() {
     let _helper = host.helper(Some(growing.dir()));
     let mut quickest = PATIENCE;
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGINT] {
-        let mut following = Following::start(host.follow(&["-d", "web-1"]));
+        let mut following = Following::start(host.follow(&["-d", "web1"]));
         following.until(READ);
         let sent = Instant::now();
         following.signal(signal);
@@ -332,8 +364,8 @@ fn says_that_the_helper_is_gone_and_shows_what_it_left() {
     assert_eq!(status, Some(2), "{said}");
     assert!(out.contains("__x64_sys_read() {"), "{out}");
     assert!(
-        said.contains("the helper of domain 'web-1' is gone")
-            && said.contains("`xftrace on -d web-1`"),
+        said.contains("the helper of domain 'web1' is gone")
+            && said.contains("`xftrace on -d web1`"),
         "{said}"
     );
 }
