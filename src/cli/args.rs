@@ -283,6 +283,9 @@ pub struct OffArgs {
     pub domain: DomainOption,
 
     /// Where the call flow goes; - is standard output [default: trace_graph.txt]
+    ///
+    /// A file of that name is replaced once the new one is complete. What is no
+    /// file (a link, a device, a pipe) is left alone, and refused.
     #[arg(
         short,
         long,

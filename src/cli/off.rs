@@ -19,31 +19,13 @@ pub(super) fn run(context: &Context, args: &OffArgs) -> anyhow::Result<Exit> {
     let Reply::Off {
         session,
         graph,
+        unwritten,
         counters,
     } = client::ask(context, &config, &domain, &Request::Off)?
     else {
         anyhow::bail!("the helper's answer is none to 'off'; is it of another version?");
     };
-    let copy = match &args.output {
-        _ if args.no_copy => None,
-        Some(named) => Some(named.as_path()),
-        None => Some(Path::new(GRAPH_FILE)),
-    };
-    match copy {
-        None => {}
-        Some(stdout) if stdout == Path::new("-") => {
-            let mut from = File::open(&graph).with_context(|| format!("cannot read {graph:?}"))?;
-            io::copy(&mut from, &mut Stdout::new())?;
-        }
-        Some(file) => {
-            fs::copy(&graph, file).with_context(|| {
-                format!(
-                    "cannot write {file:?} (the call flow is in {})",
-                    graph.display()
-                )
-            })?;
-        }
-    }
+    // Whatever comes of the call flow: the trace has ended, with these counts.
     out::message(&format!(
         "the trace of domain '{}' is off: {} records, {} lost, {} forged, {} keys changed by the guest\n\
          xftrace: the session is {}",
@@ -54,5 +36,55 @@ pub(super) fn run(context: &Context, args: &OffArgs) -> anyhow::Result<Exit> {
         counters.tampered,
         session.display()
     ));
+    if let Some(why) = unwritten {
+        anyhow::bail!(
+            "the call flow is not there: {why}. The records are; once that is mended, type \
+             `xftrace report {}`",
+            session.display()
+        );
+    }
+    let file = match &args.output {
+        _ if args.no_copy => return Ok(Exit::Done),
+        Some(stdout) if stdout == Path::new("-") => {
+            let mut from = File::open(&graph).with_context(|| format!("cannot read {graph:?}"))?;
+            io::copy(&mut from, &mut Stdout::new())?;
+            return Ok(Exit::Done);
+        }
+        Some(named) => named.as_path(),
+        None => Path::new(GRAPH_FILE),
+    };
+    copy(&graph, file).with_context(|| {
+        format!(
+            "cannot write {file:?} (the call flow is in {})",
+            graph.display()
+        )
+    })?;
     Ok(Exit::Done)
+}
+
+/// Copies the call flow to `file`, whole or not at all. The directory may be
+/// one that others write in: whatever they have put there under that name, no
+/// byte goes to where it leads, for the copy is made beside it, and renamed.
+fn copy(graph: &Path, file: &Path) -> anyhow::Result<()> {
+    match fs::symlink_metadata(file) {
+        Ok(there) if !there.is_file() => {
+            let what = match there.is_symlink() {
+                true => "a symbolic link",
+                false => "no regular file",
+            };
+            anyhow::bail!("it is there and is {what}: name a file with -o FILE");
+        }
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
+        _ => {}
+    }
+    let dir = match file.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let mut copy = tempfile::Builder::new()
+        .prefix(".xftrace-")
+        .tempfile_in(dir)?;
+    io::copy(&mut File::open(graph)?, &mut copy)?;
+    copy.persist(file)?;
+    Ok(())
 }

@@ -151,9 +151,9 @@ impl Engine {
                 if self.trace.is_some() {
                     if let Err(error) = self.off(EndReason::HelperStopped, &|_| ()) {
                         log::error!("the trace could not be ended in order: {error:#}");
-                        self.end_trace(EndReason::HelperStopped)
-                            .iter()
-                            .for_each(|dir| write_graph(dir));
+                        if let Some(dir) = self.end_trace(EndReason::HelperStopped) {
+                            write_graph(&dir);
+                        }
                     }
                 }
                 return Ended::Stopped;
@@ -452,12 +452,12 @@ impl Engine {
     }
 }
 
-/// Writes the call flow of a closed session. What goes wrong is logged: the
-/// records are safe, and `xftrace report` can be asked again.
-pub(super) fn write_graph(dir: &std::path::Path) {
-    if let Err(error) = crate::report::write_graph(dir) {
-        log::error!("the call flow of {dir:?} could not be written: {error:#}");
-    }
+/// Writes the call flow of a closed session. What goes wrong is logged, and
+/// given: the records are safe, and `xftrace report` can be asked again.
+pub(super) fn write_graph(dir: &std::path::Path) -> Option<String> {
+    let error = anyhow::Error::from(crate::report::write_graph(dir).err()?);
+    log::error!("the call flow of {dir:?} could not be written: {error:#}");
+    Some(format!("{error:#}"))
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -66,6 +66,8 @@ pub enum Reply {
         session: PathBuf,
         /// Its call flow.
         graph: PathBuf,
+        /// Why that could not be written, if it could not.
+        unwritten: Option<String>,
         /// What was counted.
         counters: Counters,
     },

@@ -161,11 +161,12 @@ impl Engine {
         };
         let counters = trace.writer.meta.counters;
         let dir = trace.close(end, &self.watch)?;
-        write_graph(&dir);
+        let unwritten = write_graph(&dir);
         self.last_session = Some(dir.clone());
         Ok(Reply::Off {
             graph: dir.join(GRAPH_FILE),
             session: dir,
+            unwritten,
             counters,
         })
     }

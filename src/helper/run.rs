@@ -135,10 +135,13 @@ impl Graphs {
         let here = dir.clone();
         match std::thread::Builder::new()
             .name("graph".to_owned())
-            .spawn(move || write_graph(&dir))
-        {
+            .spawn(move || {
+                write_graph(&dir);
+            }) {
             Ok(thread) => self.0.push(thread),
-            Err(_) => write_graph(&here),
+            Err(_) => {
+                write_graph(&here);
+            }
         }
     }
 

@@ -94,12 +94,22 @@ impl Host {
 
     /// A helper that says of `session` that it is on, or ends it.
     pub(crate) fn helper(&self, session: Option<&Path>) -> Helper {
+        self.answering(session, None)
+    }
+
+    /// One that ends `session` and cannot write its call flow.
+    pub(crate) fn helper_that_could_not_write(&self, session: &Path, why: &str) -> Helper {
+        self.answering(Some(session), Some(why.to_owned()))
+    }
+
+    fn answering(&self, session: Option<&Path>, unwritten: Option<String>) -> Helper {
         let socket = RunDir::at(&self.dir.path().join("run")).socket_path(UUID);
         let listener = UnixListener::bind(&socket).expect("a socket");
         let status = status(session.map(Path::to_owned));
         let ended = session.map(|dir| Reply::Off {
             session: dir.to_owned(),
             graph: dir.join(GRAPH_FILE),
+            unwritten: unwritten.clone(),
             counters: Counters::default(),
         });
         let stop = Arc::new(AtomicBool::new(false));

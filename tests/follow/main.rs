@@ -6,3 +6,4 @@ mod examples;
 mod growing;
 mod live;
 mod merge;
+mod off;
