@@ -6,7 +6,8 @@ use crate::kernel::Gva;
 pub(super) const DEPTH_LIMIT: i32 = 50;
 
 /// Whether an address lies in the kernel's half of the address space, with 4
-/// or 5 levels of page tables, or is 0 (the record does not tell).
+/// or 5 levels of page tables. 0 does not: a record that tells no caller is
+/// none of those that are asked this.
 pub(super) fn is_kernel_half(at: Gva) -> bool {
     at.0 >= 0xff00_0000_0000_0000
 }
@@ -38,5 +39,19 @@ impl Fields<'_> {
 
     pub(super) fn bytes<const N: usize>(&self, at: usize) -> Option<[u8; N]> {
         self.0.get(at..)?.first_chunk().copied()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_no_address_of_the_kernel() {
+        let told = [0, 0x7fff_ffff_ffff, 0xff00_0000_0000_0000, u64::MAX];
+        assert_eq!(
+            told.map(|at| is_kernel_half(Gva(at))),
+            [false, false, true, true]
+        );
     }
 }
