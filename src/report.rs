@@ -17,7 +17,7 @@ pub enum ReportError {
     #[error(transparent)]
     Report(#[from] output::ReportError<SessionError>),
     /// The file could not be put in its place.
-    #[error("cannot write the call flow: {0}")]
+    #[error("cannot write the call flow")]
     Write(#[from] io::Error),
 }
 

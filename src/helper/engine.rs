@@ -371,8 +371,11 @@ impl Engine {
         self.wanted = None;
         let _ = self.drain_rest();
         let closed = self.trace.take()?.close(end, &self.watch);
+        let closed = closed.map_err(anyhow::Error::from);
         self.last_session = closed
-            .inspect_err(|error| log::error!("the session could not be closed: {error}"))
+            .inspect_err(|error| {
+                log::error!("the session could not be closed: {error:#}");
+            })
             .ok();
         self.last_session.clone()
     }
@@ -408,7 +411,10 @@ impl Engine {
                 .refuses(&*self.attached.ram, &guest.symbols, &functions),
         };
         let needs = command_line(&functions);
-        (Some(needs), why.map(|why| why.to_string()))
+        (
+            Some(needs),
+            why.map(|why| format!("{:#}", anyhow::Error::from(why))),
+        )
     }
 
     pub(super) fn publish(&mut self) {

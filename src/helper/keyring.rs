@@ -206,7 +206,9 @@ impl Shared {
             }
             match keys.verify(ram) {
                 Ok(found) => self.found(found),
-                Err(error) => *lock(&self.trouble) = Some(error.to_string()),
+                Err(error) => {
+                    *lock(&self.trouble) = Some(format!("{:#}", anyhow::Error::from(error)))
+                }
             }
             let now = Instant::now();
             if now < due && !new {
@@ -228,7 +230,9 @@ impl Shared {
                         }
                     }
                 }
-                Err(error) => *lock(&self.trouble) = Some(error.to_string()),
+                Err(error) => {
+                    *lock(&self.trouble) = Some(format!("{:#}", anyhow::Error::from(error)))
+                }
             }
             due += interval;
         }

@@ -179,7 +179,7 @@ impl Watch {
             let kernels = match find_all(ram, &symbols) {
                 Ok(kernels) => kernels,
                 Err(error) => {
-                    why = error.to_string();
+                    why = format!("{:#}", anyhow::Error::from(error));
                     continue;
                 }
             };
@@ -187,7 +187,9 @@ impl Watch {
                 let link = match Link::attach(ram, &kernel, &symbols) {
                     Ok(link) => link,
                     Err(error) => {
-                        why = error.into_ram().map_or_else(|e| Ok(e.to_string()), Err)?;
+                        why = error
+                            .into_ram()
+                            .map_or_else(|e| Ok(format!("{:#}", anyhow::Error::from(e))), Err)?;
                         continue;
                     }
                 };

@@ -76,7 +76,7 @@ pub enum ReportError<E: std::error::Error + 'static> {
     #[error(transparent)]
     Read(E),
     /// The output could not be written.
-    #[error("cannot write the call flow: {0}")]
+    #[error("cannot write the call flow")]
     Write(#[from] io::Error),
 }
 

@@ -112,7 +112,7 @@ pub enum RamError {
         what: &'static str,
     },
     /// Any other failure of the operating system.
-    #[error("cannot {doing} the memory file {path:?}: {source}")]
+    #[error("cannot {doing} the memory file {path:?}")]
     Io {
         /// The path as given.
         path: PathBuf,

@@ -97,7 +97,14 @@ pub enum IndexFault {
     Damaged,
     /// The checksum is right and the content is not.
     #[error("the index cannot be read ({0}); remove it and add the kernel again")]
-    Table(#[from] TableFault),
+    Table(TableFault),
+}
+
+/// Not as a source: the text says it, and so does that of whoever has this.
+impl From<TableFault> for IndexFault {
+    fn from(fault: TableFault) -> Self {
+        Self::Table(fault)
+    }
 }
 
 /// The bytes of an index.

@@ -24,7 +24,7 @@ const MAX_NAME: usize = 1024;
 #[derive(Debug, thiserror::Error)]
 pub enum SymbolsError {
     /// The file cannot be read.
-    #[error("cannot read the symbol file {path:?}: {source}")]
+    #[error("cannot read the symbol file {path:?}")]
     Io {
         /// The path as given.
         path: PathBuf,
@@ -32,7 +32,7 @@ pub enum SymbolsError {
         source: io::Error,
     },
     /// The file can be read, but not used.
-    #[error("{path:?} cannot be used as the guest kernel's System.map: {fault}")]
+    #[error("{path:?} cannot be used as the guest kernel's System.map")]
     Content {
         /// The path as given.
         path: PathBuf,
@@ -407,7 +407,10 @@ mod tests {
     #[test]
     fn a_directory_a_pipe_and_nothing_are_refused() {
         let dir = tempfile::tempdir().unwrap();
-        let told = |path: &Path| Symbols::load(path).expect_err("refused").to_string();
+        let told = |path: &Path| {
+            let error = anyhow::Error::from(Symbols::load(path).expect_err("refused"));
+            format!("{error:#}")
+        };
         assert!(told(dir.path()).contains("not a file"));
         let pipe = dir.path().join("pipe");
         nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
