@@ -19,3 +19,4 @@ mod refusals;
 mod symbols;
 mod trace;
 mod traced;
+mod turns;
