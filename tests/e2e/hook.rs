@@ -77,20 +77,24 @@ fn libvirt_waits_less_than_fifty_milliseconds_for_it() {
         ("stopped", "stopped", &fresh),
     ] {
         let mut times = call(&traced, operation, xml);
-        let best = |times: &[(f64, f64)]| times.iter().map(|time| time.0).fold(f64::MAX, f64::min);
-        // How long it waits is also others' doing; how long it works is not.
-        while best(&times) >= BOUND && times.len() < 8 * RUNS {
+        let waited = |times: &[(f64, f64)]| median(times.iter().map(|time| time.0));
+        // How long it waits is also others' doing, if not other tests': more
+        // runs are the median's, and none is left out.
+        while waited(&times) >= BOUND && times.len() < 8 * RUNS {
             times.extend(call(&traced, operation, xml));
         }
-        let waited = median(times.iter().map(|time| time.0));
         let worked = median(times.iter().map(|time| time.1));
+        let longest = times.iter().map(|time| time.0).fold(0.0, f64::max);
         println!(
-            "hook, {what}: {waited:.0} ms (median of {}; best {:.0}), of which {worked:.0} ms of \
-             processor time",
+            "hook, {what}: {:.0} ms (median of {}; longest {longest:.0}), of which {worked:.0} ms \
+             of processor time",
+            waited(&times),
             times.len(),
-            best(&times)
         );
-        assert!(best(&times) < BOUND && worked < BOUND, "{what}: {times:?}");
+        assert!(
+            waited(&times) < BOUND && worked < BOUND,
+            "{what}: {times:?}"
+        );
     }
     let log = traced.log();
     assert!(
