@@ -10,8 +10,11 @@ use xftrace_lab::{Domain, Guest, Lab, Options};
 /// How long an xftrace command may take before it counts as hung.
 const XFTRACE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// In the lab's xftrace.toml. There is no syslog in the lab.
-const CONFIG: &str = "\
+/// Where xftrace logs to: nobody listens at the lab's /dev/log.
+pub(crate) const LOG_FILE: &str = "/var/log/libvirt/xftrace.log";
+
+/// In the lab's xftrace.toml.
+pub(crate) const CONFIG: &str = "\
 auto_enroll = [\"by-name-*\"]
 log.target = \"/var/log/libvirt/xftrace.log\"
 log.level = \"debug\"

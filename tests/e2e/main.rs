@@ -17,6 +17,7 @@ mod pause;
 mod plain;
 mod refusals;
 mod symbols;
+mod syslog;
 mod trace;
 mod traced;
 mod turns;
