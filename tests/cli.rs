@@ -242,21 +242,70 @@ fn the_doctor_names_what_is_missing_and_its_command() {
         .code(2)
         .stdout(contains("missing  the domain: no domain 'none'"));
 
-    // The host alone, with everything in its place.
-    let hooks = dir.path().join("hooks/qemu.d");
-    std::fs::create_dir_all(&hooks).unwrap();
+    // Each mend is a command, and the hook's one installs it.
+    let output = doctor("web-1").get_output().stdout.clone();
+    let said = String::from_utf8(output).unwrap();
+    let mends: Vec<&str> = said
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("-> "))
+        .collect();
+    assert!(mends.len() > 3, "{said}");
+    for mend in &mends {
+        let typed = mend.split("    (").next().unwrap();
+        let command = typed.split(' ').next().unwrap();
+        let known = [
+            "xftrace",
+            "virsh",
+            "install",
+            "mkdir",
+            "sed",
+            "echo",
+            "kill",
+            "systemctl",
+            "virtlogd",
+            "virtlogd;",
+        ];
+        assert!(known.contains(&command), "no command: {mend}");
+        let checked = Process::new("sh")
+            .args(["-n", "-c", typed])
+            .status()
+            .unwrap();
+        assert!(checked.success(), "no shell takes this: {mend}");
+    }
+    let install = mends
+        .iter()
+        .find(|mend| mend.contains("hooks/qemu.d/50-xftrace"))
+        .unwrap();
+    let binary = assert_cmd::cargo::cargo_bin!("xftrace").parent().unwrap();
+    let path = format!("{}:{}", binary.display(), std::env::var("PATH").unwrap());
+    let installed = Process::new("sh")
+        .args(["-c", install])
+        .current_dir(dir.path())
+        .env("PATH", path)
+        .status()
+        .unwrap();
+    assert!(installed.success(), "{install}");
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("libvirt-hooks/50-xftrace");
-    std::fs::copy(source, hooks.join("50-xftrace")).unwrap();
+    let hook = dir.path().join("hooks/qemu.d/50-xftrace");
+    assert_eq!(
+        std::fs::read(&hook).unwrap(),
+        std::fs::read(source).unwrap()
+    );
+    host_is_complete(dir.path(), &uri, &config);
+}
+
+/// The host alone, with everything in its place but the run directory's mode.
+fn host_is_complete(dir: &Path, uri: &str, config: &str) {
     // A daemon that is older than the hook has to be told of it, unless it
     // has called the hook already.
-    let run = dir.path().join("run");
+    let run = dir.join("run");
     std::fs::create_dir(&run).unwrap();
     std::fs::write(run.join("hook-called"), "").unwrap();
     let mode = |mode| std::os::unix::fs::PermissionsExt::from_mode(mode);
     std::fs::set_permissions(&run, mode(0o755)).unwrap();
     let host = || {
         let mut command = xftrace();
-        command.args(["-c", &uri, "--config", &config, "doctor"]);
+        command.args(["-c", uri, "--config", config, "doctor"]);
         command.assert()
     };
     host()

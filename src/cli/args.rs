@@ -503,6 +503,10 @@ pub struct DoctorArgs {
 /// standard input: DOMAIN OPERATION SUB-OPERATION EXTRA. Not for people.
 #[derive(Debug, Clone, Args)]
 pub struct HookArgs {
+    /// Print the script that libvirt runs, and do nothing else
+    #[arg(long)]
+    pub script: bool,
+
     /// DOMAIN OPERATION SUB-OPERATION EXTRA
     ///
     /// Not told apart here: whatever libvirt passes, now or in some later

@@ -2,7 +2,9 @@
 //! command that mends it.
 //!
 //! A check that cannot be made because one before it failed is left out: the
-//! first thing that is missing is the one to mend.
+//! first thing that is missing is the one to mend. What mends it is a command
+//! that can be typed as it stands, but for a word in capitals that is the
+//! user's to choose; what else is to be said stands behind it in brackets.
 
 mod domain;
 mod host;
@@ -12,6 +14,7 @@ use std::io::Write;
 use super::{out, Context, Exit};
 use crate::cli::args::DoctorArgs;
 use crate::config::Config;
+use crate::libvirt::shell_word;
 
 /// Runs the command.
 pub(super) fn run(context: &Context, args: &DoctorArgs) -> anyhow::Result<Exit> {
@@ -27,7 +30,10 @@ pub(super) fn run(context: &Context, args: &DoctorArgs) -> anyhow::Result<Exit> 
         Err(error) => {
             report.missing(
                 format!("a configuration that can be read: {error:#}"),
-                "mend the file, or move it away: without it the defaults hold",
+                format!(
+                    "${{EDITOR:-vi}} {}",
+                    shell_word(&context.global.config_path().to_string_lossy())
+                ),
             );
             Config::default()
         }

@@ -5,10 +5,11 @@
 //! would take for a changed XML; and after [`BUDGET`] this ends, done or not.
 
 use std::ffi::OsString;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::panic::catch_unwind;
 use std::time::Duration;
 
+use super::out::Stdout;
 use super::{logging, out, Context, Exit};
 use crate::cli::args::HookArgs;
 use crate::config::Config;
@@ -23,11 +24,19 @@ use crate::libvirt::xml::{DomainXml, MAX_XML};
 /// its own, and must not keep domains from starting.
 pub(super) const REFUSED: u8 = 3;
 
+/// What is to lie in libvirt's hooks/qemu.d. It puts `--` before all that
+/// libvirt passes, so that nothing of that is an option.
+const SCRIPT: &str = include_str!("../../libvirt-hooks/50-xftrace");
+
 /// How long libvirt may be kept waiting.
 const BUDGET: Duration = Duration::from_secs(2);
 
 /// Runs the command.
 pub(super) fn run(context: &Context, args: &HookArgs) -> anyhow::Result<Exit> {
+    if args.script {
+        Stdout::new().write_all(SCRIPT.as_bytes())?;
+        return Ok(Exit::Done);
+    }
     std::thread::spawn(|| {
         std::thread::sleep(BUDGET);
         std::process::exit(0);

@@ -6,6 +6,7 @@
 
 mod attack;
 mod boot;
+mod doctor;
 mod edges;
 mod enrolment;
 mod follow;

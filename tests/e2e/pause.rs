@@ -199,7 +199,8 @@ fn helper_pid(guest: &Traced) -> u32 {
     guest.lab().outer_pid(inside as u32).unwrap()
 }
 
-fn kill_helper(guest: &Traced) {
+/// Kills the helper of a guest, and sees it gone.
+pub(crate) fn kill_helper(guest: &Traced) {
     let pid = helper_pid(guest);
     kill(Pid::from_raw(pid as i32), Signal::SIGKILL).unwrap();
     wait_for(SOON, || {

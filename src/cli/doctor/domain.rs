@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use nix::sys::statfs::{fstatfs, TMPFS_MAGIC};
 
+use super::host::into_memory;
 use super::Report;
 use crate::cli::client;
 use crate::config::Config;
@@ -55,7 +56,7 @@ pub(super) fn check(
         }
     };
     match domain.is_active()? {
-        true => running(config, &domain, next.as_ref(), &name, report),
+        true => running(config, connection, &domain, next.as_ref(), &name, report),
         false => {
             report.missing("a running guest", format!("virsh start {name}"));
             Ok(())
@@ -85,9 +86,15 @@ fn definition(config: &Config, xml: &DomainXml, name: &str, report: &mut Report)
     }
 }
 
+/// Has the domain's QEMU start anew.
+fn restart(name: &str) -> String {
+    format!("virsh shutdown {name}\nvirsh start {name}    (once it is off)")
+}
+
 /// The domain as it runs.
 fn running(
     config: &Config,
+    connection: &Connection,
     domain: &Domain,
     next: Option<&DomainXml>,
     name: &str,
@@ -95,7 +102,7 @@ fn running(
 ) -> anyhow::Result<()> {
     report.ok(format!("it is {}", domain.state()));
     let live = domain.live()??;
-    let restart = format!("virsh shutdown {name}\nvirsh start {name}");
+    let restart = restart(name);
     if let Some(why) = untraceable(&live) {
         let mend = match next.is_some_and(|next| untraceable(next).is_none()) {
             true => restart,
@@ -124,23 +131,24 @@ fn running(
                 if memory != Ok(TMPFS_MAGIC) {
                     report.advice(
                         "that file is on a disk, to which what the guest writes is written",
-                        "set memory_backing_dir as above, then restart the domain",
+                        format!("{}\n{restart}", into_memory(&config.paths.qemu_conf)),
                     );
                 }
             }
         }
     }
     match status(config, &live)? {
-        Some(status) => kernel(&status, report),
+        Some(status) => kernel(&status, &live, name, report),
         None => {
             report.missing(
                 "its helper",
                 format!(
-                    "xftrace on -d {name} sys_read    (starts one; the log, and `xftrace status`, \
-                     say why it does not stay)"
+                    "virsh -c {} dumpxml {name} | xftrace hook {name} started begin -    (starts \
+                     one as libvirt does; the system log says why it does not stay)",
+                    shell_word(connection.uri())
                 ),
             );
-            symbols(config, &live, report);
+            symbols(config, &live, name, report);
         }
     }
     Ok(())
@@ -160,7 +168,7 @@ fn status(config: &Config, live: &DomainXml) -> anyhow::Result<Option<Status>> {
 }
 
 /// What the helper says of the guest's kernel.
-fn kernel(status: &Status, report: &mut Report) {
+fn kernel(status: &Status, live: &DomainXml, name: &str, report: &mut Report) {
     report.ok(format!("its helper runs (process {})", status.helper_pid));
     match &status.guest {
         GuestStatus::Alive {
@@ -188,44 +196,64 @@ fn kernel(status: &Status, report: &mut Report) {
             let needs = command_line.clone().unwrap_or_default();
             match cannot {
                 Some(why) => report.missing(
-                    format!("what a kernel without the patch is booted with: {why}"),
-                    format!("boot the guest with this on its kernel command line:\n{needs}"),
+                    format!(
+                        "what a kernel without the patch is booted with: {why}; for the domain's \
+                         functions that is {needs}"
+                    ),
+                    format!(
+                        "xftrace enroll {name} --functions FUNCTION,.. --plain    (puts it on \
+                         the command line of a kernel that the domain boots directly; else \
+                         put it there inside the guest)\n{}",
+                        restart(name)
+                    ),
                 ),
                 None => report.ok(format!("it is booted with what that takes: {needs}")),
             }
         }
         GuestStatus::Searching { why } => report.missing(
             format!("the guest's kernel: {why}"),
-            "a guest kernel with xftrace's patch (guest-kernel-patches/) or with BTF, and its \
-             symbols (xftrace symbols add)",
+            format!(
+                "{}\nvirsh reboot {name}    (into a kernel with xftrace's patch or with BTF, where \
+                 it runs neither; guest-kernel-patches/README.md has the commands that build one)",
+                take_symbols(live, name)
+            ),
         ),
     }
 }
 
 /// Whether there are symbols at all. Which ones belong to the guest's
 /// kernel, only the helper can tell.
-fn symbols(config: &Config, live: &DomainXml, report: &mut Report) {
+fn symbols(config: &Config, live: &DomainXml, name: &str, report: &mut Report) {
     let named = live.trace.as_ref().and_then(|trace| trace.symbols.clone());
     let dir = &config.paths.symbols;
     match named {
         Some(file) if file.is_file() => report.ok(format!("symbols {}", file.display())),
         Some(file) => report.missing(
             format!("the symbols that its metadata names, {}", file.display()),
-            format!(
-                "copy the vmlinuz or System.map of the guest's kernel to {}",
-                file.display()
-            ),
+            take_symbols(live, name),
         ),
         None => {
             let files = std::fs::read_dir(dir).into_iter().flatten().flatten();
             match files.filter(|entry| entry.path().is_file()).count() {
                 0 => report.missing(
                     format!("symbols: {} has none", dir.display()),
-                    "xftrace symbols add FILE    (the vmlinuz, vmlinux, System.map or .deb of \
-                     the guest's kernel)",
+                    take_symbols(live, name),
                 ),
                 n => report.ok(format!("{n} file(s) of symbols in {}", dir.display())),
             }
         }
+    }
+}
+
+/// Has xftrace know the guest's kernel. A domain whose metadata names a file
+/// has no other one tried.
+fn take_symbols(live: &DomainXml, name: &str) -> String {
+    let what = "(the vmlinuz, vmlinux, System.map or .deb of the kernel that the guest runs)";
+    match live.trace.as_ref().and_then(|trace| trace.symbols.as_ref()) {
+        Some(_) => format!(
+            "xftrace enroll {name} --symbols FILE    {what}\n{}",
+            restart(name)
+        ),
+        None => format!("xftrace symbols add FILE    {what}"),
     }
 }

@@ -12,6 +12,7 @@ use crate::cli::Context;
 use crate::config::Config;
 use crate::libvirt::connection::{Connection, Mode};
 use crate::libvirt::run_dir::RunDir;
+use crate::libvirt::shell_word;
 
 /// The hook's name in libvirt's qemu.d.
 const HOOK: &str = "qemu.d/50-xftrace";
@@ -57,8 +58,8 @@ fn hook(config: &Config, report: &mut Report) {
         report.missing(
             format!("libvirt's hook {}", path.display()),
             format!(
-                "install -D -m 755 libvirt-hooks/50-xftrace {}\n{}",
-                path.display(),
+                "xftrace hook --script | install -D -m 755 /dev/stdin {}\n{}",
+                shell_word(&path.to_string_lossy()),
                 daemon("reload")
             ),
         );
@@ -150,7 +151,7 @@ fn backing_dir(config: &Config, report: &mut Report) {
                     "cannot read {} to see where memory files go: {error}",
                     conf.display()
                 ),
-                "run this as root",
+                "sudo xftrace doctor",
             );
             return;
         }
@@ -162,13 +163,19 @@ fn backing_dir(config: &Config, report: &mut Report) {
         }
         _ => report.advice(
             format!("memory files go to a disk, in {dir}: what a guest writes is written there"),
-            format!(
-                "set memory_backing_dir = \"/dev/shm\" in {}\n{}",
-                conf.display(),
-                daemon("restart")
-            ),
+            into_memory(conf),
         ),
     }
+}
+
+/// Has libvirt put memory files into memory, whatever the file said before.
+pub(super) fn into_memory(conf: &Path) -> String {
+    let conf = shell_word(&conf.to_string_lossy());
+    format!(
+        "sed -i '/^[[:space:]]*memory_backing_dir[[:space:]]*=/d' {conf}\n\
+         echo 'memory_backing_dir = \"/dev/shm\"' >> {conf}\n{}",
+        daemon("restart")
+    )
 }
 
 /// The type of the file system in which a path is or would be.
