@@ -2,8 +2,9 @@
 //!
 //! Three witnesses: QEMU's own events, the state of its threads in /proc, and a
 //! loop in the guest that wakes up a thousand times a second. Others may load
-//! the machine, so times are only compared within one run, in turns: without
-//! xftrace and with it.
+//! the machine, so times are only compared within one run, in turns of three
+//! kinds: with xftrace; with the guest's tracer and without xftrace; and with
+//! neither, where no helper runs and nothing is traced.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -16,7 +17,7 @@ use std::time::Duration;
 
 use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
-use xftrace_lab::wait_for;
+use xftrace_lab::{wait_for, Job};
 
 use crate::traced::Traced;
 
@@ -33,7 +34,14 @@ const TURNS: usize = 5;
 const SWITCHES: usize = 3;
 const FUNCTIONS: [&str; 2] = ["sys_openat", "sys_read"];
 /// One reading of a time is another one's on a machine that others use too, but
-/// for this much, microseconds.
+/// for this much, microseconds: the host's scheduler may let another process run
+/// for some milliseconds before it is the guest's turn. So twice the time and
+/// this much more is allowed, of the median as of the longest gap. What that
+/// lets pass: draining comes every 3 ms and keys every 10 ms, so that a pause by
+/// one of them is in a tenth of all gaps or more. Their 90 % may grow by some
+/// 5 ms. Shorter pauses, if they came so often, the other two witnesses see: one
+/// that looks at QEMU's threads each millisecond, and QEMU's own events. At on
+/// and off, which come once in a turn, it is the longest gap that counts.
 const NOISE_US: u64 = 3_000;
 
 /// Watches a guest's QEMU until it is dropped.
@@ -161,6 +169,17 @@ impl Gaps {
 fn gaps_during(guest: &Traced, work: impl FnOnce()) -> Gaps {
     let mut timer = guest.spawn("exec timerloop -p 0 300").unwrap();
     work();
+    ended(&mut timer)
+}
+
+/// The same, and what a loop sees on the other CPU.
+fn gaps_on_both(guest: &Traced, work: impl FnOnce()) -> (Gaps, Gaps) {
+    let mut other = guest.spawn("exec timerloop -p 1 300").unwrap();
+    let gaps = gaps_during(guest, work);
+    (gaps, ended(&mut other))
+}
+
+fn ended(timer: &mut Job) -> Gaps {
     timer.kill(15).unwrap();
     Gaps::of(&timer.wait(SOON).unwrap().success().unwrap())
 }
@@ -245,48 +264,68 @@ fn the_guest_is_never_paused() {
         .unwrap();
 
     // On and off: the guest's kernel patches its call sites, with xftrace or
-    // without. It gives its CPU to nobody meanwhile, so that is not the loop's.
+    // without. It gives its CPU to nobody meanwhile, so that is not the loop's;
+    // what a loop there sees is shown beside: the patching, with either.
     let pinned = guest.run("taskset -p 2 $(pidof xftrace)").unwrap();
     pinned.success().unwrap();
     let (mut own_on, mut own_off, mut on, mut off) = (vec![], vec![], vec![], vec![]);
+    let mut idle = vec![];
     let sh = |line: &str| {
         let line = format!("cd /sys/kernel/tracing; taskset 2 sh -c '{line}'");
         guest.run(&line).unwrap().success().unwrap();
     };
     for _ in 0..SWITCHES {
         kill_helper(&guest);
+        idle.push(gaps_on_both(&guest, || std::thread::sleep(TURN)));
         sh("echo __x64_sys_openat > set_graph_function");
         sh("echo __x64_sys_read >> set_graph_function");
-        own_on.push(gaps_during(&guest, || {
+        own_on.push(gaps_on_both(&guest, || {
             sh("echo function_graph > current_tracer")
         }));
-        own_off.push(gaps_during(&guest, || sh("echo nop > current_tracer")));
+        own_off.push(gaps_on_both(&guest, || sh("echo nop > current_tracer")));
         sh("echo > set_graph_function");
-        on.push(gaps_during(&guest, || {
+        on.push(gaps_on_both(&guest, || {
             guest.on(&["--interval=10ms", FUNCTIONS[0], FUNCTIONS[1]])
         }));
-        off.push(gaps_during(&guest, || drop(guest.off())));
+        off.push(gaps_on_both(&guest, || drop(guest.off())));
     }
-    compare("switching on", &own_on, &on);
-    compare("switching off", &own_off, &off);
+    let (idle, idle_there): (Vec<_>, Vec<_>) = idle.into_iter().unzip();
+    println!("nothing switched, the CPU that would switch\n  {idle_there:?}");
+    for (what, own, with) in [("on", own_on, on), ("off", own_off, off)] {
+        let (own, own_there): (Vec<_>, Vec<_>) = own.into_iter().unzip();
+        let (with, with_there): (Vec<_>, Vec<_>) = with.into_iter().unzip();
+        println!(
+            "switching {what}, the CPU that does\n  without {own_there:?}\n  with {with_there:?}"
+        );
+        compare(
+            &format!("switching {what}, and the guest's own"),
+            &own,
+            &with,
+        );
+        compare(&format!("switching {what}, and no xftrace"), &idle, &with);
+    }
 
-    // Draining, and a new key every 10 ms: the guest does the same in each
-    // turn, and every other time nobody reads.
-    guest.on(&["--interval=10ms", FUNCTIONS[0], FUNCTIONS[1]]);
-    let (mut alone, mut drained) = (vec![], vec![]);
+    // Draining, and a new key every 10 ms. The guest does the same in each turn.
+    // In one nothing is traced and no helper runs; in one it traces, and nobody
+    // reads.
+    let (mut absent, mut alone, mut drained) = (vec![], vec![], vec![]);
     for _ in 0..TURNS {
+        kill_helper(&guest);
+        absent.push(gaps_during(&guest, || std::thread::sleep(TURN)));
+        guest.on(&["--interval=10ms", FUNCTIONS[0], FUNCTIONS[1]]);
         drained.push(gaps_during(&guest, || std::thread::sleep(TURN)));
         kill_helper(&guest);
         alone.push(gaps_during(&guest, || std::thread::sleep(TURN)));
         // Starts a helper, which goes on with the session.
         guest.on(&FUNCTIONS);
+        let counters = guest.off().meta.counters;
+        assert_eq!(counters.resumed, 1);
+        assert!(counters.records > 200, "nothing to drain");
     }
     work.kill(9).unwrap();
     work.wait(SOON).unwrap();
-    let session = guest.off();
-    compare("draining", &alone, &drained);
-    assert_eq!(session.meta.counters.resumed, TURNS as u64);
-    assert!(session.meta.counters.records > 1000, "nothing to drain");
+    compare("draining, and nobody who reads", &alone, &drained);
+    compare("draining, and no xftrace", &absent, &drained);
 
     assert_eq!(watch.events(), [""; 0]);
     assert_eq!(watch.stopped(), 0, "of {:?} looks", watch.looks);
