@@ -27,3 +27,7 @@ pub mod ring;
 pub mod session;
 pub mod switch;
 pub mod symfiles;
+
+#[cfg(test)]
+#[path = "../tests/support/time.rs"]
+mod test_time;

@@ -8,6 +8,8 @@ mod formats;
 mod golden;
 mod props;
 mod speed;
+#[path = "../support/time.rs"]
+mod time;
 
 use std::convert::Infallible;
 use std::time::{Duration, UNIX_EPOCH};

@@ -4,12 +4,12 @@
 use std::io;
 use std::time::Duration;
 
-use nix::time::{clock_gettime, ClockId};
 use xftrace::callflow::{events, Limits};
 use xftrace::output::{Format, TimeColumn, Weight};
 use xftrace::ring::record::Item;
 
 use crate::dsl::{Story, Table};
+use crate::time::cpu_time;
 use crate::{heading, readable, Clock};
 
 /// Records of `turns` system calls, by eight tasks on two CPUs.
@@ -34,12 +34,11 @@ type Work<'a> = (&'a str, &'a dyn Fn(&[Item]));
 /// The processor's time that it takes, at best of three: what else the machine
 /// does meanwhile does not count.
 fn time(items: &[Item], work: &dyn Fn(&[Item])) -> Duration {
-    let now = || Duration::from(clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).expect("a clock"));
     (0..3)
         .map(|_| {
-            let start = now();
+            let start = cpu_time();
             work(items);
-            now() - start
+            cpu_time() - start
         })
         .min()
         .expect("three times")

@@ -7,3 +7,4 @@
 pub mod guest;
 pub mod hostile;
 pub mod ring;
+pub mod time;
