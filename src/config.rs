@@ -104,8 +104,8 @@ impl Default for Paths {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
-    /// The most that one session may take on disk. Past it, records are
-    /// counted as lost instead of written.
+    /// The most that one session may take on disk, without its symbols, its
+    /// keys and the call flow. The trace ends there, and says so.
     pub session_size: ByteSize,
     /// The largest guest memory that a helper maps.
     pub guest_memory: ByteSize,

@@ -12,6 +12,10 @@
 //! one domain; [`symfiles`] is where symbols come from; [`cli`] is what people type; [`libvirt`] is what these two know
 //! of libvirt.
 
+// tests/support, which unit tests use too, names it from outside.
+#[cfg(test)]
+extern crate self as xftrace;
+
 pub mod callflow;
 pub mod cli;
 pub mod config;

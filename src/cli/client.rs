@@ -44,14 +44,17 @@ pub(super) fn ask(
 
 /// Receives a reply of a domain's helper; `None` where that has ended.
 pub(super) fn receive(line: &mut Line, domain: &DomainXml) -> anyhow::Result<Option<Reply>> {
+    let kill = line.peer().map_or_else(
+        || "Kill its process".to_owned(),
+        |pid| format!("Type `kill -KILL {pid}`"),
+    );
     line.receive().map_err(|error| match error.kind() {
         // What a read that timed out gives, socket(7).
         io::ErrorKind::WouldBlock => anyhow!(
             "the helper of domain '{}' does not answer: it is stopped, or hangs. The domain is \
-             not concerned. Type `pkill -KILL -f 'xftrace.* helper --uuid {}'`; the next \
-             `xftrace on` starts another helper, which goes on with the trace",
-            name(domain),
-            domain.uuid
+             not concerned. {kill}; the next `xftrace on` starts another \
+             helper, which goes on with the trace",
+            name(domain)
         ),
         _ => anyhow!(error).context("waiting for the domain's helper"),
     })

@@ -21,6 +21,7 @@ pub(super) fn run(context: &Context, args: &OffArgs) -> anyhow::Result<Exit> {
         graph,
         unwritten,
         counters,
+        left,
     } = client::ask(context, &config, &domain, &Request::Off)?
     else {
         anyhow::bail!("the helper's answer is none to 'off'; is it of another version?");
@@ -36,6 +37,16 @@ pub(super) fn run(context: &Context, args: &OffArgs) -> anyhow::Result<Exit> {
         counters.tampered,
         session.display()
     ));
+    let done = match left {
+        None => Exit::Done,
+        Some(why) => {
+            out::message(&format!(
+                "warning: domain '{}': {why}",
+                client::name(&domain)
+            ));
+            Exit::Trouble
+        }
+    };
     if let Some(why) = unwritten {
         anyhow::bail!(
             "the call flow is not there: {why}. The records are; once that is mended, type \
@@ -44,11 +55,11 @@ pub(super) fn run(context: &Context, args: &OffArgs) -> anyhow::Result<Exit> {
         );
     }
     let file = match &args.output {
-        _ if args.no_copy => return Ok(Exit::Done),
+        _ if args.no_copy => return Ok(done),
         Some(stdout) if stdout == Path::new("-") => {
             let mut from = File::open(&graph).with_context(|| format!("cannot read {graph:?}"))?;
             io::copy(&mut from, &mut Stdout::new())?;
-            return Ok(Exit::Done);
+            return Ok(done);
         }
         Some(named) => named.as_path(),
         None => Path::new(GRAPH_FILE),
@@ -59,7 +70,7 @@ pub(super) fn run(context: &Context, args: &OffArgs) -> anyhow::Result<Exit> {
             graph.display()
         )
     })?;
-    Ok(Exit::Done)
+    Ok(done)
 }
 
 /// Copies the call flow to `file`, whole or not at all. The directory may be

@@ -126,7 +126,11 @@ fn print(out: &mut impl Write, status: &Status) -> std::io::Result<()> {
     )?;
     writeln!(
         out,
-        "  reading  {} torn pages, {} damaged rounds, {} bytes set aside after a reset, {} takeovers",
-        counters.torn_pages, counters.damaged, counters.after_reset_bytes, counters.resumed
+        "  reading  {} torn pages, {} damaged rounds, {} bytes set aside after a reset, {} bytes not stored, {} takeovers",
+        counters.torn_pages,
+        counters.damaged,
+        counters.after_reset_bytes,
+        counters.unstored_bytes,
+        counters.resumed
     )
 }

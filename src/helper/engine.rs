@@ -11,15 +11,16 @@ use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 
 use crate::config::Config;
-use crate::kernel::control::SwitchState;
 use crate::kernel::stock::command_line;
 use crate::libvirt::enrolment::Enrolment;
 use crate::libvirt::xml::DomainXml;
-use crate::session::{EndReason, Finding, FindingKind, Meta, Mode, State};
+use crate::session::{EndReason, Finding, FindingKind, Meta, Mode};
 
+use super::graphs::Graphs;
 use super::protocol::{GuestStatus, Reply, Request, Status, TraceStatus};
-use super::ratelimit::{RateLimit, Verdict};
-use super::trace::{Trace, TraceError};
+use super::ratelimit::RateLimit;
+use super::settle::Settling;
+use super::trace::{Closed, Trace, TraceError};
 use super::watch::{wall_ns, Seen, Watch};
 use super::Attached;
 
@@ -28,11 +29,13 @@ use super::Attached;
 pub(super) const TICK_TRACING: Duration = Duration::from_millis(3);
 /// Between two looks at a guest that is not traced.
 const TICK_IDLE: Duration = Duration::from_millis(50);
-/// How long what is left at the end of a trace is read at most: a guest that
-/// goes on writing has no end.
-const DRAIN_REST: Duration = Duration::from_secs(60);
 /// How often the status is brought up to date.
 const STATUS_EVERY: Duration = Duration::from_millis(200);
+/// For reading what is left when a trace ends. A guest that has not stopped
+/// may have something new for ever.
+const REST_LIMIT: Duration = Duration::from_secs(10);
+/// How often it is tried to save what a full disk did not take.
+const SAVE_AGAIN_EVERY: Duration = Duration::from_secs(2);
 /// How long a tracer that somebody in the guest switched off goes untold
 /// again.
 const TELL_EVERY: Duration = Duration::from_secs(60);
@@ -46,11 +49,8 @@ pub(super) struct Job {
 /// How serving a domain ended.
 pub(super) enum Ended {
     /// Its QEMU process ended. The session that was open then is closed, and
-    /// its call flow not yet written.
-    Vm {
-        /// Its directory.
-        session: Option<PathBuf>,
-    },
+    /// its call flow perhaps not yet written.
+    Vm,
     /// The helper was told to stop.
     Stopped,
 }
@@ -77,13 +77,27 @@ pub(super) struct Engine {
     pub(super) boot_due: bool,
     pub(super) last_session: Option<PathBuf>,
     pub(super) said: RateLimit,
+    /// For what is said of a guest that comes and goes.
+    pub(super) boots_said: RateLimit,
+    pub(super) settling: Settling,
+    pub(super) graphs: Graphs,
+    /// How often going on with a session that was left open has failed.
+    pub(super) resume_failed: u32,
+    /// Sessions that are closed, which could not be noted in their directories.
+    unsaved: Vec<(PathBuf, Meta)>,
+    unsaved_at: Instant,
 }
 
 /// Why a request could not be carried out; its text goes to the user.
 pub(super) type Refusal = anyhow::Error;
 
 impl Engine {
-    pub(super) fn new(domain: DomainXml, config: Config, attached: Attached) -> Self {
+    pub(super) fn new(
+        domain: DomainXml,
+        config: Config,
+        attached: Attached,
+        graphs: Graphs,
+    ) -> Self {
         let enrolment = Enrolment::of(&domain, &config);
         let sources = match enrolment.as_ref().and_then(|wanted| wanted.symbols.clone()) {
             Some(named) => vec![named],
@@ -117,6 +131,12 @@ impl Engine {
             boot_due: false,
             last_session: None,
             said: RateLimit::new(3, Duration::from_secs(60)),
+            boots_said: RateLimit::new(10, Duration::from_secs(60)),
+            settling: Settling::new(),
+            graphs,
+            resume_failed: 0,
+            unsaved: Vec::new(),
+            unsaved_at: Instant::now(),
         }
     }
 
@@ -142,18 +162,15 @@ impl Engine {
             super::server::drain_wake(wake);
             if ended {
                 log::info!("the domain's QEMU process has ended");
-                return Ended::Vm {
-                    session: self.end_trace(EndReason::VmEnded),
-                };
+                self.end_trace(EndReason::VmEnded);
+                return Ended::Vm;
             }
             if stopped {
                 log::info!("told to stop");
                 if self.trace.is_some() {
-                    if let Err(error) = self.off(EndReason::HelperStopped, &|_| ()) {
+                    if let Err(error) = self.end(EndReason::HelperStopped) {
                         log::error!("the trace could not be ended in order: {error:#}");
-                        if let Some(dir) = self.end_trace(EndReason::HelperStopped) {
-                            write_graph(&dir);
-                        }
+                        self.end_trace(EndReason::HelperStopped);
                     }
                 }
                 return Ended::Stopped;
@@ -168,18 +185,13 @@ impl Engine {
     }
 
     /// A round failed. The trace ends; looking goes on, for what is wrong may
-    /// pass, and what is wrong for long is not told at every look.
-    fn failed(&mut self, why: &str) {
-        if let Verdict::Say { dropped } = self.said.ask() {
-            let again = match dropped {
-                0 => String::new(),
-                dropped => format!(" ({dropped} times more before)"),
-            };
+    /// pass, and what is wrong for long is not told at every look. The guest is
+    /// switched off once it is found again, as any that nobody traces.
+    pub(super) fn failed(&mut self, why: &str) {
+        if let Some(again) = self.said.say() {
             log::error!("{why}{again}");
         }
-        if let Some(dir) = self.end_trace(EndReason::Error(why.to_owned())) {
-            write_graph(&dir);
-        }
+        self.end_trace(EndReason::Error(why.to_owned()));
         self.watch.lost(why);
     }
 
@@ -204,18 +216,21 @@ impl Engine {
     }
 
     /// One round: look at the guest, read what is new, keep the books.
-    fn round(&mut self) -> anyhow::Result<()> {
+    pub(super) fn round(&mut self) -> anyhow::Result<()> {
         self.look()?;
         self.attend_boot()?;
         if let Some(trace) = &mut self.trace {
             trace.drain(&self.watch)?;
-            trace.attend(&self.watch)?;
-            if trace.writer.size() > self.config.limits.session_size.0 {
+            trace.attend(&self.watch);
+            if trace.writer.is_full() {
                 log::warn!("the session has reached the size that the configuration allows");
-                self.off(EndReason::SizeLimit, &|_| ())?;
+                self.end(EndReason::SizeLimit)?;
             }
+        } else {
+            self.settle_meanwhile()?;
         }
-        self.notice_tracer_off()?;
+        self.notice_tracer_off();
+        self.save_closed();
         if self.status_at.elapsed() > STATUS_EVERY {
             self.publish();
         }
@@ -230,7 +245,9 @@ impl Engine {
         match seen {
             Seen::Same => {}
             Seen::Gone => {
-                log::warn!("the guest was reset");
+                if let Some(again) = self.boots_said.say() {
+                    log::warn!("the guest was reset{again}");
+                }
                 if let Some(trace) = &mut self.trace {
                     trace.guest_gone();
                 }
@@ -240,98 +257,8 @@ impl Engine {
         Ok(seen)
     }
 
-    /// Sees to a kernel that was found since this was called last.
-    pub(super) fn attend_boot(&mut self) -> anyhow::Result<()> {
-        match std::mem::take(&mut self.boot_due) {
-            true => self.booted(),
-            false => Ok(()),
-        }
-    }
-
-    /// A kernel was found that lives.
-    fn booted(&mut self) -> anyhow::Result<()> {
-        let Some(guest) = self.watch.guest.clone() else {
-            return Ok(());
-        };
-        log::info!(
-            "found the guest's kernel: {} (slide {:#x}, {}-level paging)",
-            guest.kernel.banner.trim_end().escape_debug(),
-            guest.kernel.slide,
-            guest.kernel.levels
-        );
-        // The first look, for the clock.
-        self.look()?;
-        if let Some(trace) = &mut self.trace {
-            let mode = guest.link.mode();
-            anyhow::ensure!(
-                trace.writer.meta.mode == mode,
-                "the guest has booted a kernel whose records are {}: that is no part of this session",
-                mode.text()
-            );
-            trace.guest_gone();
-            trace.boot(&guest, &self.watch)?;
-            return match self.switch_again() {
-                // It was reset once more meanwhile: the next boot is told of.
-                Err(error) if self.boot_due || self.watch.guest.is_none() => {
-                    log::warn!("{error:#}");
-                    Ok(())
-                }
-                result => result,
-            };
-        }
-        if self.start_done {
-            return Ok(());
-        }
-        self.start_done = true;
-        if self.resume(&guest)? {
-            return Ok(());
-        }
-        if self
-            .enrolment
-            .as_ref()
-            .is_some_and(|wanted| wanted.at_start)
-        {
-            if let Err(error) = self.on(Vec::new(), None, None, &|_| ()) {
-                log::error!("tracing from the start of the domain failed: {error:#}");
-            }
-        }
-        Ok(())
-    }
-
-    /// Goes on with a session that a helper of this same QEMU process left
-    /// open. Sessions that others left open are closed.
-    fn resume(&mut self, guest: &super::watch::Guest) -> anyhow::Result<bool> {
-        let mut resumed = false;
-        for dir in self.sessions() {
-            let Ok(mut meta) = Meta::load(&dir) else {
-                continue;
-            };
-            if meta.state == State::Closed || meta.uuid != self.domain.uuid {
-                continue;
-            }
-            if meta.qemu != self.attached.qemu || meta.mode != guest.link.mode() || resumed {
-                meta.state = State::Closed;
-                meta.end = Some(EndReason::VmEnded);
-                meta.save(&dir)?;
-                write_graph(&dir);
-                continue;
-            }
-            let ram = Arc::clone(&self.attached.ram);
-            let trace = Trace::resume(&dir, guest, &self.watch, ram)?;
-            log::warn!("going on with the session in {dir:?}, whose helper has gone");
-            self.wanted = Some(trace.writer.meta.functions().to_vec());
-            let state = self.watch.heartbeat().map(|beat| beat.state);
-            self.trace = Some(trace);
-            resumed = true;
-            if state != Some(SwitchState::On) {
-                self.switch_again()?;
-            }
-        }
-        Ok(resumed)
-    }
-
     /// The domain's sessions, newest first.
-    fn sessions(&self) -> Vec<PathBuf> {
+    pub(super) fn sessions(&self) -> Vec<PathBuf> {
         crate::session::list(&self.sessions_dir())
     }
 
@@ -339,13 +266,14 @@ impl Engine {
         crate::session::domain_dir(&self.config.paths.sessions, &self.domain.name)
     }
 
-    /// Tells when somebody in the guest switched the tracer off.
-    fn notice_tracer_off(&mut self) -> anyhow::Result<()> {
-        let Some(trace) = &mut self.trace else {
-            return Ok(());
+    /// Tells when somebody in the guest switched the tracer off, or its kernel
+    /// says that its switch is no longer on.
+    fn notice_tracer_off(&mut self) {
+        let (Some(trace), Some(_)) = (&mut self.trace, &self.wanted) else {
+            return;
         };
         let Some((tracer, recording)) = trace.tracing(&self.watch) else {
-            return Ok(());
+            return;
         };
         let looked_at = [
             (tracer, FindingKind::TracerOff),
@@ -359,34 +287,53 @@ impl Engine {
                 trace.finding(Finding {
                     wall_ns: wall_ns(),
                     kind,
-                })?;
+                });
             }
         }
-        Ok(())
     }
 
-    /// Closes the session as it is, without the guest's help. Its directory,
-    /// where the call flow is yet to be written.
-    pub(super) fn end_trace(&mut self, end: EndReason) -> Option<PathBuf> {
+    /// Closes the session as it is, without the guest's help.
+    pub(super) fn end_trace(&mut self, end: EndReason) {
         self.wanted = None;
         let _ = self.drain_rest();
-        let closed = self.trace.take()?.close(end, &self.watch);
-        let closed = closed.map_err(anyhow::Error::from);
-        self.last_session = closed
-            .inspect_err(|error| {
-                log::error!("the session could not be closed: {error:#}");
-            })
-            .ok();
-        self.last_session.clone()
+        if let Some(trace) = self.trace.take() {
+            let closed = trace.close(end, &self.watch);
+            let dir = self.closed(closed);
+            self.graphs.write(dir);
+        }
+    }
+
+    /// A session is open.
+    pub(super) fn begun(&mut self, mut trace: Trace) {
+        trace.writer.set_limit(self.config.limits.session_size.0);
+        self.trace = Some(trace);
+    }
+
+    /// Notes a session that was closed. Its directory.
+    pub(super) fn closed(&mut self, closed: Closed) -> PathBuf {
+        self.last_session = Some(closed.dir.clone());
+        if !closed.saved {
+            self.unsaved.push((closed.dir.clone(), closed.meta));
+        }
+        closed.dir
+    }
+
+    /// Tries again to note on disk which sessions are closed.
+    fn save_closed(&mut self) {
+        if self.unsaved.is_empty() || self.unsaved_at.elapsed() < SAVE_AGAIN_EVERY {
+            return;
+        }
+        self.unsaved_at = Instant::now();
+        self.unsaved.retain(|(dir, meta)| meta.save(dir).is_err());
     }
 
     pub(super) fn drain_rest(&mut self) -> Result<(), TraceError> {
         // What was written before recording stopped is all there; a second
         // round that finds nothing says that the first had it all.
-        let until = Instant::now() + DRAIN_REST;
+        let deadline = Instant::now() + REST_LIMIT;
         while let Some(trace) = &mut self.trace {
             let drained = trace.drain(&self.watch)?;
-            if (drained.bytes == 0 && !drained.cut) || Instant::now() > until {
+            if (drained.bytes == 0 && !drained.cut) || Instant::now() > deadline {
                 break;
             }
         }
@@ -456,14 +403,6 @@ impl Engine {
         status.trace = trace;
         status.last_session.clone_from(&self.last_session);
     }
-}
-
-/// Writes the call flow of a closed session. What goes wrong is logged, and
-/// given: the records are safe, and `xftrace report` can be asked again.
-pub(super) fn write_graph(dir: &std::path::Path) -> Option<String> {
-    let error = anyhow::Error::from(crate::report::write_graph(dir).err()?);
-    log::error!("the call flow of {dir:?} could not be written: {error:#}");
-    Some(format!("{error:#}"))
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -112,7 +112,7 @@ impl KeyThread {
             std::thread::Builder::new()
                 .name("keys".to_owned())
                 .spawn(move || shared.run(keys, interval, &*ram, &liveness))
-                .map_err(|error| KeyError::Random(error.to_string()))?
+                .map_err(KeyError::Thread)?
         };
         Ok(Self {
             shared,
@@ -264,7 +264,8 @@ impl Shared {
         Ok(())
     }
 
-    fn found(&self, found: Vec<Tamper>) {
+    /// Notes what the guest changed.
+    pub(super) fn found(&self, found: Vec<Tamper>) {
         let now = wall_ns();
         lock(&self.found).extend(found.into_iter().map(|tamper| (now, tamper)));
     }

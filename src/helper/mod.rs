@@ -19,8 +19,12 @@
 //! else. It never stops the guest, and the guest's end is its own.
 
 mod attach;
+mod boots;
 mod clocks;
 mod engine;
+#[cfg(test)]
+mod fake;
+mod graphs;
 mod keyring;
 mod link;
 pub mod protocol;
@@ -28,7 +32,10 @@ mod ratelimit;
 mod requests;
 mod run;
 mod server;
+mod settle;
 mod sources;
+#[cfg(test)]
+mod tests;
 mod trace;
 mod turn;
 mod watch;

@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use nix::sys::socket::{getsockopt, sockopt};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -70,6 +71,9 @@ pub enum Reply {
         unwritten: Option<String>,
         /// What was counted.
         counters: Counters,
+        /// What is still to be done in the guest, and why, where it did not
+        /// go along.
+        left: Option<String>,
     },
     /// It could not be done.
     Error {
@@ -181,6 +185,13 @@ impl Line {
     /// If the socket refuses.
     pub fn patience(&self, time: Option<Duration>) -> io::Result<()> {
         self.stream.get_ref().set_read_timeout(time)
+    }
+
+    /// The process at the other end: of a helper's socket, the helper.
+    pub fn peer(&self) -> Option<i32> {
+        getsockopt(self.stream.get_ref(), sockopt::PeerCredentials)
+            .ok()
+            .map(|peer| peer.pid())
     }
 
     /// Sends a value.

@@ -43,6 +43,16 @@ impl RateLimit {
         self.ask_at(Instant::now())
     }
 
+    /// The same for a message that ends with how many were not said, where it
+    /// is to be said.
+    pub(super) fn say(&mut self) -> Option<String> {
+        match self.ask() {
+            Verdict::Say { dropped: 0 } => Some(String::new()),
+            Verdict::Say { dropped } => Some(format!(" ({dropped} messages before it not shown)")),
+            Verdict::Drop => None,
+        }
+    }
+
     fn ask_at(&mut self, now: Instant) -> Verdict {
         if now.saturating_duration_since(self.since) >= self.per {
             self.since = now;

@@ -1,15 +1,26 @@
 //! What a user can ask of the engine: `on`, `off`, `status`.
 
+use std::path::PathBuf;
+use std::sync::mpsc::Sender;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::session::{EndReason, Meta, Mode, State, GRAPH_FILE};
+use crate::session::{Counters, EndReason, Meta, Mode, State, GRAPH_FILE};
 use crate::switch::Command;
 
-use super::engine::{lock, write_graph, Engine, Job, Refusal};
+use super::engine::{lock, Engine, Job, Refusal};
 use super::protocol::{Reply, Request};
 use super::trace::Trace;
 use super::watch::wall_ns;
+
+/// A trace that ended.
+struct Off {
+    /// Its session's directory.
+    session: PathBuf,
+    counters: Counters,
+    /// Why the guest's tracer is not nop, where it is not.
+    left: Option<String>,
+}
 
 impl Engine {
     pub(super) fn job(&mut self, job: Job) {
@@ -27,13 +38,43 @@ impl Engine {
                 interval_ns,
                 buffer_kb,
             } => self.on(functions, interval_ns, buffer_kb, &progress),
-            Request::Off => self.off(EndReason::Off, &progress),
+            Request::Off => match self.off(EndReason::Off, &progress) {
+                Ok(off) => return self.answer_off(off, job.reply),
+                Err(error) => Err(error),
+            },
         };
         self.publish();
         let reply = result.unwrap_or_else(|error| Reply::Error {
             text: format!("{error:#}"),
         });
         let _ = job.reply.send(reply);
+    }
+
+    /// Has the call flow written, and then answers whoever asked for `off`.
+    fn answer_off(&mut self, off: Off, reply: Sender<Reply>) {
+        self.publish();
+        let progress = {
+            let reply = reply.clone();
+            move |text| drop(reply.send(Reply::Progress { text }))
+        };
+        let dir = off.session;
+        self.graphs
+            .write_for(dir.clone(), progress, move |unwritten| {
+                let _ = reply.send(Reply::Off {
+                    graph: dir.join(GRAPH_FILE),
+                    session: dir,
+                    unwritten,
+                    counters: off.counters,
+                    left: off.left,
+                });
+            });
+    }
+
+    /// Ends the trace, where nobody waits for its call flow.
+    pub(super) fn end(&mut self, end: EndReason) -> Result<(), Refusal> {
+        let off = self.off(end, &|_| ())?;
+        self.graphs.write(off.session);
+        Ok(())
     }
 
     /// Begins a trace, or has the one that runs trace other functions.
@@ -73,6 +114,7 @@ impl Engine {
         }
         let fresh = self.trace.is_none();
         if fresh {
+            self.settle(progress)?;
             let interval = interval_ns.map_or(own_interval, Duration::from_nanos);
             let dir = crate::session::new_dir(&self.sessions_dir(), wall_ns())?;
             let meta = Meta {
@@ -92,7 +134,8 @@ impl Engine {
                 guest_counts: (mode == Mode::Plain).then(Default::default),
             };
             let ram = Arc::clone(&self.attached.ram);
-            self.trace = Some(Trace::begin(&dir, meta, &guest, &self.watch, ram)?);
+            let trace = Trace::begin(&dir, meta, &guest, &self.watch, ram)?;
+            self.begun(trace);
             self.buffer_kb = buffer_kb.unwrap_or(0);
         } else if interval_ns.is_some() || buffer_kb.is_some() {
             anyhow::bail!(
@@ -125,50 +168,76 @@ impl Engine {
             worked_ns: turn.worked_ns,
             mode,
         };
-        trace.switched(turn)?;
+        trace.switched(turn);
         Ok(reply)
     }
 
     /// Ends the trace: stop recording, read what is left, tracer nop, close.
-    pub(super) fn off(
-        &mut self,
-        end: EndReason,
-        progress: &dyn Fn(String),
-    ) -> Result<Reply, Refusal> {
+    /// It ends also where the guest does not go along: `settle` sees to that.
+    /// The call flow is yet to be written.
+    fn off(&mut self, end: EndReason, progress: &dyn Fn(String)) -> Result<Off, Refusal> {
         if self.trace.is_none() {
-            anyhow::bail!("no trace is on; 'xftrace on FUNCTION..' begins one");
-        }
-        self.wanted = None;
-        let guest_is_there = self.watch.guest.is_some() && self.alive().is_ok();
-        if guest_is_there {
-            self.command(&Command::Stop, &[], progress)?;
-            self.drain_rest()?;
-            match self.command(&Command::Off, &[], progress) {
-                Ok(turn) => {
-                    if let Some(trace) = &mut self.trace {
-                        trace.switched(turn)?;
-                    }
+            return Err(match self.settle(progress) {
+                Ok(true) => anyhow::anyhow!(
+                    "no trace is on; the guest's tracer was, from a trace that ended without it, \
+                     and is nop now"
+                ),
+                Ok(false) => {
+                    anyhow::anyhow!("no trace is on; 'xftrace on FUNCTION..' begins one")
                 }
-                // Nothing is recorded any more: the session is complete.
-                Err(error) => progress(format!("the guest's tracer is not nop again: {error:#}")),
+                Err(error) => error.context("no trace is on, but the guest's tracer is not nop"),
+            });
+        }
+        let switched = match self.watch.guest {
+            Some(_) => self.switch_off(progress),
+            None => Err(anyhow::anyhow!("{}", self.watch.why)),
+        };
+        let guest = self.watch.guest.as_ref().filter(|_| !self.boot_due);
+        let left = match (switched, guest.map(|guest| guest.link.mode())) {
+            (Ok(()), _) => None,
+            (Err(error), None) => {
+                progress(format!("ending the session without the guest: {error:#}"));
+                None
             }
-        } else {
-            progress("the guest's kernel does not answer; ending the session without it".into());
+            (Err(error), Some(Mode::Keyed)) => Some(format!(
+                "the guest's tracer is not nop yet: {error:#}; it is tried again every few seconds"
+            )),
+            (Err(error), Some(Mode::Plain)) => Some(format!(
+                "the guest's ring buffer may go on taking records, which nobody reads: {error:#}"
+            )),
+        };
+        if let Some(left) = &left {
+            log::warn!("the trace ends, but {left}");
         }
         progress("writing the call flow".to_owned());
         let Some(trace) = self.trace.take() else {
             anyhow::bail!("the session was ended");
         };
-        let counters = trace.writer.meta.counters;
-        let dir = trace.close(end, &self.watch)?;
-        let unwritten = write_graph(&dir);
-        self.last_session = Some(dir.clone());
-        Ok(Reply::Off {
-            graph: dir.join(GRAPH_FILE),
+        self.wanted = None;
+        let closed = trace.close(end, &self.watch);
+        let counters = closed.meta.counters;
+        let dir = self.closed(closed);
+        Ok(Off {
             session: dir,
-            unwritten,
             counters,
+            left,
         })
+    }
+
+    /// Has the guest record no more, reads the rest, and has it go back to
+    /// tracer nop.
+    fn switch_off(&mut self, progress: &dyn Fn(String)) -> anyhow::Result<()> {
+        let stopped = self.command(&Command::Stop, &[], progress);
+        // What cannot be read now, cannot be read later.
+        if let Err(error) = self.drain_rest() {
+            log::error!("the rest of the guest's records could not be read: {error}");
+        }
+        stopped?;
+        let turn = self.command(&Command::Off, &[], progress)?;
+        if let Some(trace) = &mut self.trace {
+            trace.switched(turn);
+        }
+        Ok(())
     }
 
     /// Drops a session in which nothing was traced yet.

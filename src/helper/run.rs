@@ -9,8 +9,6 @@
 //! if nobody else does.
 
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::PathBuf;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{SigSet, Signal};
@@ -20,7 +18,8 @@ use crate::config::Config;
 use crate::libvirt::run_dir::RunDir;
 use crate::libvirt::xml::DomainXml;
 
-use super::engine::{write_graph, Ended, Engine};
+use super::engine::{Ended, Engine};
+use super::graphs::Graphs;
 use super::server::Server;
 
 /// Between two looks for a domain that was started anew.
@@ -52,16 +51,16 @@ pub fn run(options: Options) -> anyhow::Result<()> {
 
     let Options { mut domain, config } = options;
     let run_dir = RunDir::at(&config.paths.run);
-    let mut graphs = Graphs::default();
+    let graphs = Graphs::default();
     let mut server = Server::bind(&run_dir, domain.uuid)?;
     // Whatever comes of it, a call flow is not left half written.
     loop {
-        match serve(&domain, &config, server, signals.as_fd()) {
+        match serve(&domain, &config, server, signals.as_fd(), &graphs) {
             Ok(Ended::Stopped) => return Ok(()),
-            Ok(Ended::Vm { session }) => graphs.write(session),
+            Ok(Ended::Vm) => {}
             Err(error) => return Err(error),
         }
-        let Some((next, bound)) = next_start(&run_dir, &domain, &mut graphs) else {
+        let Some((next, bound)) = next_start(&run_dir, &domain, &graphs) else {
             return Ok(());
         };
         (domain, server) = (next, bound);
@@ -74,6 +73,7 @@ fn serve(
     config: &Config,
     server: Server,
     signals: BorrowedFd<'_>,
+    graphs: &Graphs,
 ) -> anyhow::Result<Ended> {
     let attached = super::attach(domain, config)?;
     log::info!(
@@ -82,7 +82,7 @@ fn serve(
         attached.qemu.pid,
         attached.files
     );
-    let mut engine = Engine::new(domain.clone(), config.clone(), attached);
+    let mut engine = Engine::new(domain.clone(), config.clone(), attached, graphs.clone());
     let jobs = server.serve(engine.status())?;
     Ok(engine.run(&jobs, server.wake(), signals))
 }
@@ -92,7 +92,7 @@ fn serve(
 fn next_start(
     run_dir: &RunDir,
     domain: &DomainXml,
-    graphs: &mut Graphs,
+    graphs: &Graphs,
 ) -> Option<(DomainXml, Server)> {
     let mut since = None;
     loop {
@@ -124,42 +124,6 @@ fn started_anew(run_dir: &RunDir, domain: &DomainXml) -> Option<DomainXml> {
         .filter(|saved| saved.id.is_some() && saved.id != domain.id)
 }
 
-/// Call flows that are being written, each by a thread.
-#[derive(Default)]
-struct Graphs(Vec<JoinHandle<()>>);
-
-impl Graphs {
-    /// Begins to write that of a closed session, if there was one.
-    fn write(&mut self, session: Option<PathBuf>) {
-        let Some(dir) = session else { return };
-        let here = dir.clone();
-        match std::thread::Builder::new()
-            .name("graph".to_owned())
-            .spawn(move || {
-                write_graph(&dir);
-            }) {
-            Ok(thread) => self.0.push(thread),
-            Err(_) => {
-                write_graph(&here);
-            }
-        }
-    }
-
-    fn are_written(&mut self) -> bool {
-        self.0.retain(|thread| !thread.is_finished());
-        self.0.is_empty()
-    }
-}
-
-impl Drop for Graphs {
-    fn drop(&mut self) {
-        for thread in self.0.drain(..) {
-            // It has logged what went wrong.
-            let _ = thread.join();
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -180,15 +144,17 @@ mod tests {
 
     /// Call flows that are not written before a time has passed.
     fn slow(time: Duration) -> Graphs {
-        Graphs(vec![std::thread::spawn(move || std::thread::sleep(time))])
+        let graphs = Graphs::default();
+        graphs.spawn(move || std::thread::sleep(time));
+        graphs
     }
 
     #[test]
     fn a_domain_started_anew_while_its_call_flow_is_written_is_served() {
         let (_dir, run_dir, domain) = setting();
         run_dir.save(domain.uuid, xml(5).as_bytes()).expect("saved");
-        let mut graphs = slow(OTHERS_FIRST * 3);
-        let (next, server) = next_start(&run_dir, &domain, &mut graphs).expect("a start");
+        let graphs = slow(OTHERS_FIRST * 3);
+        let (next, server) = next_start(&run_dir, &domain, &graphs).expect("a start");
         assert_eq!(next.id, Some(5));
         assert!(run_dir.has_helper(domain.uuid));
         assert!(!graphs.are_written(), "the old call flow was waited for");
@@ -201,12 +167,12 @@ mod tests {
         let (_dir, run_dir, domain) = setting();
         run_dir.save(domain.uuid, xml(5).as_bytes()).expect("saved");
         let _other = Server::bind(&run_dir, domain.uuid).expect("a helper");
-        assert!(next_start(&run_dir, &domain, &mut slow(OTHERS_FIRST * 2)).is_none());
+        assert!(next_start(&run_dir, &domain, &slow(OTHERS_FIRST * 2)).is_none());
     }
 
     #[test]
     fn the_same_start_is_not_served_twice() {
         let (_dir, run_dir, domain) = setting();
-        assert!(next_start(&run_dir, &domain, &mut slow(OTHERS_FIRST * 2)).is_none());
+        assert!(next_start(&run_dir, &domain, &slow(OTHERS_FIRST * 2)).is_none());
     }
 }

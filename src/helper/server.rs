@@ -97,12 +97,12 @@ impl Server {
                         Arc::clone(&status),
                         Arc::clone(&open),
                     );
-                    open.fetch_add(1, Ordering::Relaxed);
+                    let counted = Counted::new(open);
                     let talk = move || {
+                        let _counted = counted;
                         if let Err(error) = converse(stream, &sender, &wake, &status) {
                             log::debug!("a connection ended early: {error}");
                         }
-                        open.fetch_sub(1, Ordering::Relaxed);
                     };
                     if let Err(error) = std::thread::Builder::new()
                         .name("talk".to_owned())
@@ -113,6 +113,24 @@ impl Server {
                 }
             })?;
         Ok(receiver)
+    }
+}
+
+/// One conversation, as long as it lasts: also where its thread panics, or was
+/// never started.
+#[derive(Debug)]
+struct Counted(Arc<AtomicUsize>);
+
+impl Counted {
+    fn new(open: Arc<AtomicUsize>) -> Self {
+        open.fetch_add(1, Ordering::Relaxed);
+        Self(open)
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -163,4 +181,22 @@ fn converse(
         line.send(&reply)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_conversation_that_ends_in_a_panic_makes_room_for_another() {
+        let open = Arc::new(AtomicUsize::new(0));
+        let counted = Counted::new(Arc::clone(&open));
+        assert_eq!(open.load(Ordering::Relaxed), 1);
+        let talk = std::thread::spawn(move || {
+            let _counted = counted;
+            panic!("a test");
+        });
+        assert!(talk.join().is_err());
+        assert_eq!(open.load(Ordering::Relaxed), 0);
+    }
 }

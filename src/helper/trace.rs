@@ -57,10 +57,24 @@ pub(super) struct Trace {
     held_bytes: usize,
     saved: Instant,
     forged_told: u64,
-    store_failed: bool,
     /// The guest swapped its ring buffer for another, and it is yet to be told.
     swapped: bool,
+    /// Bytes that could not be stored: by the helpers before this one, and of
+    /// those read here such as were not even taken.
+    unstored_before: u64,
+    refused_bytes: u64,
     said: RateLimit,
+    disk_said: RateLimit,
+}
+
+/// A session that was closed.
+pub(super) struct Closed {
+    /// Its directory.
+    pub(super) dir: PathBuf,
+    /// Its `session.json`.
+    pub(super) meta: Meta,
+    /// Whether that is on disk.
+    pub(super) saved: bool,
 }
 
 /// What belongs to one boot of the guest.
@@ -152,6 +166,7 @@ impl Trace {
 
     fn new(writer: SessionWriter, keys: Keys, ram: Arc<dyn GuestRam>) -> Self {
         Self {
+            unstored_before: writer.meta.counters.unstored_bytes,
             writer,
             keys,
             ram,
@@ -160,16 +175,19 @@ impl Trace {
             held_bytes: 0,
             saved: Instant::now(),
             forged_told: 0,
-            store_failed: false,
             swapped: false,
+            refused_bytes: 0,
             said: RateLimit::new(10, Duration::from_secs(60)),
+            disk_said: RateLimit::new(1, Duration::from_secs(60)),
         }
     }
 
     /// The guest has booted, into this kernel: its first records, if there
     /// will be any, are the session's next boot.
     pub(super) fn boot(&mut self, guest: &Guest, watch: &Watch) -> Result<(), TraceError> {
-        self.writer.next_boot()?;
+        if let Err(error) = self.writer.finish() {
+            self.cannot_store(&error);
+        }
         let number = self.writer.meta.boots.len() as u32 + 1;
         // Pages from before this moment belong to an earlier trace; `on` will
         // empty them. CPUs' clocks differ by a tick or two.
@@ -209,7 +227,12 @@ impl Trace {
             (_, Link::Plain(_)) if number == 1 => self.begin_plain()?,
             _ => {}
         }
-        self.writer.save()?;
+        // Of a session that has just begun, the directory has to be there.
+        match self.writer.save() {
+            Err(error) if number == 1 => return Err(error.into()),
+            Err(error) => self.cannot_store(&error),
+            Ok(()) => {}
+        }
         Ok(())
     }
 
@@ -308,30 +331,42 @@ impl Trace {
         }
         if let Err(error) = self.writer.append(chunk) {
             live.reader.note_gap(chunk.cpu, Gap::DiskFull);
-            self.cannot_store(&error);
+            self.refused_bytes += chunk.bytes.len() as u64;
+            // The engine ends the trace at its limit, and says so.
+            if !matches!(error, SessionError::Full { .. }) {
+                self.cannot_store(&error);
+            }
         }
     }
 
-    /// Says so once: a disk that is full stays full for a while.
+    /// Says so now and then: a disk that is full stays full for a while. It
+    /// may be given room again, so the trace goes on.
     fn cannot_store(&mut self, error: &SessionError) {
-        if !std::mem::replace(&mut self.store_failed, true) {
+        if let Verdict::Say { .. } = self.disk_said.ask() {
             log::error!("{error}; what cannot be stored is lost to the trace, not to the guest");
+        }
+    }
+
+    /// Brings `session.json` up to date, now or, where it cannot be, later.
+    fn save(&mut self) {
+        if let Err(error) = self.writer.save() {
+            self.cannot_store(&error);
         }
     }
 
     /// Notes what the guest was caught at since the last time, and brings the
     /// session's files up to date now and then.
-    pub(super) fn attend(&mut self, watch: &Watch) -> Result<(), TraceError> {
+    pub(super) fn attend(&mut self, watch: &Watch) {
         let found = self.keys.thread().map(KeyThread::take_found);
         for (wall_ns, tamper) in found.unwrap_or_default() {
             self.writer.meta.counters.tampered += 1;
             self.finding(Finding {
                 wall_ns,
                 kind: FindingKind::KeyChanged(tamper),
-            })?;
+            });
         }
         if self.saved.elapsed() < SAVE_EVERY {
-            return Ok(());
+            return;
         }
         self.saved = Instant::now();
         let forged = self.writer.meta.counters.forged;
@@ -341,25 +376,26 @@ impl Trace {
             self.finding(Finding {
                 wall_ns: wall_ns(),
                 kind: FindingKind::ForgedRecords { records },
-            })?;
+            });
         }
         if std::mem::take(&mut self.swapped) {
             self.finding(Finding {
                 wall_ns: wall_ns(),
                 kind: FindingKind::BufferSwapped,
-            })?;
+            });
         }
         if let Some(trouble) = self.keys.thread().and_then(KeyThread::take_trouble) {
-            log::error!("no new key could be handed out: {trouble}; the last one stays in use");
+            if let Verdict::Say { .. } = self.disk_said.ask() {
+                log::error!("no new key could be handed out: {trouble}; the last one stays in use");
+            }
         }
         self.note_clocks(watch);
         self.count();
-        self.writer.save()?;
-        Ok(())
+        self.save();
     }
 
     /// Notes, and logs, what the guest was caught at.
-    pub(super) fn finding(&mut self, finding: Finding) -> Result<(), TraceError> {
+    pub(super) fn finding(&mut self, finding: Finding) {
         if let Verdict::Say { dropped } = self.said.ask() {
             log::warn!(
                 "domain {}: {}{}",
@@ -372,7 +408,9 @@ impl Trace {
                 }
             );
         }
-        Ok(self.writer.finding(&finding)?)
+        if let Err(error) = self.writer.finding(&finding) {
+            self.cannot_store(&error);
+        }
     }
 
     fn note_clocks(&mut self, watch: &Watch) {
@@ -391,7 +429,9 @@ impl Trace {
     /// Brings the counts up to date that others keep: the keys' thread, and in
     /// plain mode the guest.
     fn count(&mut self) {
+        let unstored = self.refused_bytes + self.writer.unstored();
         let meta = &mut self.writer.meta;
+        meta.counters.unstored_bytes = self.unstored_before + unstored;
         if let Some(keys) = self.keys.thread() {
             meta.counters.late_keys = keys.late();
         }
@@ -435,7 +475,8 @@ impl Trace {
     }
 
     /// Whether the guest's tracer still is what was switched on, and whether
-    /// its ring takes records; `None` if that cannot be told now.
+    /// its ring takes records; `None` if that cannot be told now. To be asked
+    /// only while the guest is wanted on.
     pub(super) fn tracing(&self, watch: &Watch) -> Option<(bool, bool)> {
         let live = self.live.as_ref()?;
         if let (Link::Plain(stock), Some(plain)) = (&live.guest.link, &live.plain) {
@@ -444,39 +485,47 @@ impl Trace {
             return plain.recording.then_some((tracer, recording));
         }
         let beat = watch.heartbeat()?;
-        let on = beat.state == SwitchState::On && !watch.busy();
-        on.then_some((beat.tracer, beat.recording))
+        let tracer = beat.tracer && beat.state != SwitchState::Off;
+        let recording = beat.recording && beat.state == SwitchState::On;
+        (!watch.busy()).then_some((tracer, recording))
     }
 
     /// Notes a turn of the switch.
-    pub(super) fn switched(&mut self, change: SwitchChange) -> Result<(), TraceError> {
+    pub(super) fn switched(&mut self, change: SwitchChange) {
         self.writer.meta.switches.push(change);
-        self.writer.save()?;
-        Ok(())
+        self.save();
     }
 
-    /// Ends the session: stops the keys, and closes its files. Gives its
-    /// directory.
-    pub(super) fn close(mut self, end: EndReason, watch: &Watch) -> Result<PathBuf, TraceError> {
+    /// Ends the session: stops the keys, and closes its files.
+    pub(super) fn close(mut self, end: EndReason, watch: &Watch) -> Closed {
         self.release();
-        self.attend(watch)?;
+        self.attend(watch);
         let forged = self.writer.meta.counters.forged - self.forged_told;
         if forged > 0 {
             let kind = FindingKind::ForgedRecords { records: forged };
             self.finding(Finding {
                 wall_ns: wall_ns(),
                 kind,
-            })?;
+            });
         }
         self.note_clocks(watch);
-        self.writer.flush()?;
+        if let Err(error) = self.writer.finish() {
+            self.cannot_store(&error);
+        }
         self.count();
         let meta = &mut self.writer.meta;
         meta.state = State::Closed;
         meta.ended_ns = Some(wall_ns());
         meta.end = Some(end);
-        self.writer.save()?;
-        Ok(self.writer.dir().to_owned())
+        let result = self.writer.save();
+        if let Err(error) = &result {
+            log::error!("{error}; it is tried again");
+        }
+        Closed {
+            dir: self.writer.dir().to_owned(),
+            meta: self.writer.meta,
+            saved: result.is_ok(),
+        }
     }
 }
 

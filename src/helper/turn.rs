@@ -43,7 +43,7 @@ impl Engine {
         };
         let turn = self.command(&command, &names, &|_| ())?;
         if let Some(trace) = &mut self.trace {
-            trace.switched(turn)?;
+            trace.switched(turn);
         }
         Ok(())
     }
@@ -63,6 +63,7 @@ impl Engine {
         let sent = Instant::now();
         let pending = switch::send(&*ram, &control, command)?;
         let mut picked_up = None;
+        let mut withdrawn = false;
         let mut told = sent;
         loop {
             let progress_now = pending.poll(&*ram, &control);
@@ -88,7 +89,13 @@ impl Engine {
                     });
                 }
                 Err(error) => return Err(error.into()),
-                Ok(Progress::Waiting) if sent.elapsed() > PICKUP_LIMIT => anyhow::bail!(
+                // Nobody is to find it later, when nobody waits for it; and it
+                // may have been taken up just now.
+                Ok(Progress::Waiting) if sent.elapsed() > PICKUP_LIMIT && !withdrawn => {
+                    withdrawn = true;
+                    pending.withdraw(&*ram, &control)?;
+                }
+                Ok(Progress::Waiting) if withdrawn => anyhow::bail!(
                     "the guest's kernel did not take the command up within {} s; \
                      its last heartbeat was {} ms ago: is the guest paused, or overloaded?",
                     PICKUP_LIMIT.as_secs(),
@@ -114,7 +121,7 @@ impl Engine {
             }
             if let Some(trace) = &mut self.trace {
                 trace.drain(&self.watch)?;
-                trace.attend(&self.watch)?;
+                trace.attend(&self.watch);
             }
             std::thread::sleep(TICK_TRACING);
         }

@@ -311,6 +311,15 @@ impl Control {
         ram.write_u32(self.field(at::HOST_SEQ), seq)
     }
 
+    /// Takes back the command that was written last: the number there is `seen`
+    /// again, that of the command which the guest took up last.
+    ///
+    /// # Errors
+    /// If guest memory cannot be written.
+    pub fn withdraw_command(&self, ram: &dyn GuestRam, seen: u32) -> Result<(), RamError> {
+        ram.write_u32(self.field(at::HOST_SEQ), seen)
+    }
+
     fn field(&self, offset: u64) -> Gpa {
         Gpa(self.base.0.wrapping_add(offset))
     }

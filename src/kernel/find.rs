@@ -13,6 +13,7 @@
 //! one that lives.
 
 use std::fmt;
+use std::sync::Once;
 
 use crate::ram::{Gpa, GuestRam, RamError};
 
@@ -250,6 +251,7 @@ impl Rejected {
 }
 
 fn search(ram: &dyn GuestRam, symbols: &Symbols) -> Result<Found, FindError> {
+    static SAID: Once = Once::new();
     let anchors = Anchors::new(symbols)?;
     let mut convincing = Vec::new();
     let mut rejected: Option<Rejected> = None;
@@ -258,9 +260,14 @@ fn search(ram: &dyn GuestRam, symbols: &Symbols) -> Result<Found, FindError> {
     while let Some(base) = next_candidate(ram, anchors.banner, at) {
         examined += 1;
         if examined > MAX_EXAMINED || convincing.len() >= MAX_KERNELS {
-            log::warn!(
-                "the guest's memory is full of what looks like kernels; stopped looking at {base}"
-            );
+            // A guest can fill its memory for good, and is looked at again and
+            // again.
+            SAID.call_once(|| {
+                log::warn!(
+                    "the guest's memory is full of what looks like kernels; stopped looking at \
+                     {base} (told once)"
+                );
+            });
             break;
         }
         match examine(ram, symbols, &anchors, base) {

@@ -21,6 +21,9 @@ pub enum KeyError {
     /// The operating system gave no random bits.
     #[error("the operating system's random generator failed: {0}")]
     Random(String),
+    /// There was no thread to hand them out.
+    #[error("the thread that hands out keys cannot be started: {0}")]
+    Thread(std::io::Error),
     /// The guest went away while its key was noted.
     #[error(
         "the guest was reset, or stopped, while its key of epoch {epoch} was written to disk: \

@@ -73,7 +73,13 @@ impl Heading {
                 Some(EndReason::Off) => "by xftrace off",
                 Some(EndReason::VmEnded) => "with the VM",
                 Some(EndReason::HelperStopped) => "with its helper",
+                Some(EndReason::HelperGone) => {
+                    "when its helper was killed; what came after is not known"
+                }
                 Some(EndReason::SizeLimit) => "at its size limit",
+                Some(EndReason::TooManyBoots) => {
+                    "as the guest booted more often than it has room for"
+                }
                 Some(EndReason::Error(_)) | None => "unknown",
             }
             .to_owned(),
@@ -82,6 +88,7 @@ impl Heading {
             torn_pages,
             damaged,
             after_reset_bytes,
+            unstored_bytes,
             tampered,
             resumed,
             late_keys,
@@ -107,6 +114,9 @@ impl Heading {
             ),
             ("times that a helper took the session over", resumed),
         ];
+        if unstored_bytes > 0 {
+            counters.push(("bytes read that could not be stored", unstored_bytes));
+        }
         if let Some(guest) = &meta.guest_counts {
             counters.extend([
                 (

@@ -64,8 +64,13 @@ pub enum EndReason {
     VmEnded,
     /// The helper was told to stop.
     HelperStopped,
+    /// Its helper was killed, and no other went on with it: `ended_ns` is when
+    /// it last wrote, and what came after is not known.
+    HelperGone,
     /// The session reached the size that the configuration allows.
     SizeLimit,
+    /// The guest booted more often than one session has room for.
+    TooManyBoots,
     /// Something failed.
     Error(String),
 }
@@ -172,6 +177,9 @@ pub struct Counters {
     pub after_reset_bytes: u64,
     /// Keys and epochs that the guest changed.
     pub tampered: u64,
+    /// Bytes read that could not be stored: the disk was full, or the session
+    /// as large as it may become.
+    pub unstored_bytes: u64,
     /// Times a helper took the session over from one that had gone.
     pub resumed: u64,
     /// Key intervals that passed without a key of their own, since the disk,
@@ -319,11 +327,11 @@ impl Meta {
     }
 
     /// Writes the `session.json` of a session's directory, whole or not at
-    /// all.
+    /// all, and returns how large it is.
     ///
     /// # Errors
     /// If it cannot be written.
-    pub fn save(&self, dir: &Path) -> Result<(), SessionError> {
+    pub fn save(&self, dir: &Path) -> Result<u64, SessionError> {
         let path = dir.join(META_FILE);
         let io = || SessionError::io("write", &path);
         let mut file = tempfile::NamedTempFile::new_in(dir).map_err(io())?;
@@ -332,9 +340,10 @@ impl Meta {
             .map_err(io())?;
         file.write_all(b"\n").map_err(io())?;
         file.as_file().sync_data().map_err(io())?;
+        let size = file.as_file().metadata().map_err(io())?.len();
         file.persist(&path)
             .map_err(|error| error.error)
             .map_err(io())?;
-        Ok(())
+        Ok(size)
     }
 }

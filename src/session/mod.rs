@@ -74,6 +74,12 @@ pub enum SessionError {
         /// Why not.
         cause: serde_json::Error,
     },
+    /// The session is as large as it may become.
+    #[error("the session has reached the {limit} bytes that limits.session_size allows")]
+    Full {
+        /// Bytes.
+        limit: u64,
+    },
     /// A file of records that is none.
     #[error("{0:?} holds no ring-buffer chunks")]
     NotChunks(PathBuf),

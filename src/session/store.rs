@@ -98,7 +98,18 @@ impl ChunkWriter {
             .write_all(&header)
             .and_then(|()| self.file.write_all(&chunk.bytes))
             .map_err(SessionError::io("write", &self.path))?;
-        Ok((HEADER + chunk.bytes.len()) as u64)
+        Ok(Self::size_of(chunk))
+    }
+
+    /// How much the file grows by a chunk, bytes, besides what says what the
+    /// file is.
+    pub fn size_of(chunk: &Chunk) -> u64 {
+        (HEADER + chunk.bytes.len()) as u64
+    }
+
+    /// How much is not handed to the operating system yet, bytes.
+    pub fn buffered(&self) -> u64 {
+        self.file.buffer().len() as u64
     }
 
     /// Hands what is buffered to the operating system.

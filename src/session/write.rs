@@ -27,6 +27,14 @@ pub struct SessionWriter {
     findings: Findings,
     /// Bytes of ring files.
     size: u64,
+    /// Bytes of `session.json`, as it was saved last.
+    meta_size: u64,
+    /// What all of these may come to.
+    limit: u64,
+    /// Something was refused for the limit's sake.
+    full: bool,
+    /// Bytes of ring files that were taken and could not be written after all.
+    unstored: u64,
 }
 
 impl SessionWriter {
@@ -43,7 +51,7 @@ impl SessionWriter {
         };
         private(dir)?;
         private(&dir.join("ring"))?;
-        let writer = Self::open(dir, meta)?;
+        let mut writer = Self::open(dir, meta)?;
         writer.save()?;
         Ok(writer)
     }
@@ -76,6 +84,10 @@ impl SessionWriter {
             chunks: HashMap::new(),
             findings: Findings::new(findings, dir)?,
             size: 0,
+            meta_size: 0,
+            limit: u64::MAX,
+            full: false,
+            unstored: 0,
         })
     }
 
@@ -84,9 +96,41 @@ impl SessionWriter {
         &self.dir
     }
 
-    /// How large its ring files are, bytes.
+    /// How large it is, bytes: what grows with the trace, so without the
+    /// symbols and the keys.
     pub fn size(&self) -> u64 {
-        self.size
+        self.size + self.meta_size + self.findings.size
+    }
+
+    /// Sets how large it may become, bytes.
+    pub fn set_limit(&mut self, limit: u64) {
+        self.limit = limit;
+    }
+
+    /// Whether it has no room for what is to be stored.
+    pub fn is_full(&self) -> bool {
+        self.full || self.size() > self.limit
+    }
+
+    /// Bytes of chunks that were taken, and could not be written when their
+    /// time came, or cannot now.
+    pub fn unstored(&self) -> u64 {
+        self.unstored
+    }
+
+    /// Writes what is buffered as far as it can be. What cannot is given up.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn finish(&mut self) -> Result<(), SessionError> {
+        let mut result = Ok(());
+        for (_, mut chunks) in self.chunks.drain() {
+            if let Err(error) = chunks.flush() {
+                self.unstored += chunks.buffered();
+                result = Err(error);
+            }
+        }
+        result
     }
 
     /// Where reading stopped in the newest boot: the last chunk of each CPU
@@ -112,16 +156,6 @@ impl SessionWriter {
         Ok(all)
     }
 
-    /// Begins the next boot: its chunks go to files of their own.
-    ///
-    /// # Errors
-    /// If what is buffered cannot be written.
-    pub fn next_boot(&mut self) -> Result<(), SessionError> {
-        self.flush()?;
-        self.chunks.clear();
-        Ok(())
-    }
-
     /// Keeps the symbols of a kernel that runs at `slide`, for its boot to
     /// name.
     ///
@@ -134,9 +168,14 @@ impl SessionWriter {
     /// Stores a chunk of the newest boot.
     ///
     /// # Errors
-    /// If it cannot be written; the caller has the reader note the gap
+    /// If it cannot be written, or would make the session larger than it may
+    /// become; the caller has the reader note the gap
     /// ([`crate::ring::Gap::DiskFull`]).
     pub fn append(&mut self, chunk: &Chunk) -> Result<(), SessionError> {
+        if self.is_full() || self.size() + ChunkWriter::size_of(chunk) > self.limit {
+            self.full = true;
+            return Err(SessionError::Full { limit: self.limit });
+        }
         let boot = self.meta.boots.last().map_or(1, |boot| boot.number);
         let writer = match self.chunks.entry(chunk.cpu) {
             std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
@@ -150,6 +189,7 @@ impl SessionWriter {
                 Ok(())
             }
             Err(error) => {
+                self.unstored += writer.buffered();
                 // What was half written is cut off when it is opened again.
                 self.chunks.remove(&chunk.cpu);
                 Err(error)
@@ -177,8 +217,9 @@ impl SessionWriter {
     ///
     /// # Errors
     /// If it cannot be written.
-    pub fn save(&self) -> Result<(), SessionError> {
-        self.meta.save(&self.dir)
+    pub fn save(&mut self) -> Result<(), SessionError> {
+        self.meta_size = self.meta.save(&self.dir)?;
+        Ok(())
     }
 }
 
@@ -239,6 +280,67 @@ fn wall_ns() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn meta() -> Meta {
+        Meta {
+            version: 1,
+            domain: "web1".to_owned(),
+            uuid: uuid::Uuid::nil(),
+            mode: super::super::Mode::Keyed,
+            state: super::super::State::Open,
+            qemu: super::super::QemuProcess {
+                pid: 1,
+                start_time: 1,
+            },
+            started_ns: 0,
+            ended_ns: None,
+            end: None,
+            interval_ns: 1,
+            switches: Vec::new(),
+            boots: Vec::new(),
+            counters: Default::default(),
+            guest_counts: None,
+        }
+    }
+
+    #[test]
+    fn a_session_grows_to_its_limit_and_no_further() {
+        const LIMIT: u64 = 100_000;
+        let parent = tempfile::tempdir().expect("a directory");
+        let dir = parent.path().join("session");
+        let mut writer = SessionWriter::create(&dir, meta()).expect("a session");
+        writer.set_limit(LIMIT);
+        let chunk = |cpu| Chunk {
+            cpu,
+            page_time: 1,
+            offset: 0,
+            bytes: vec![7; 4000],
+            gap: None,
+        };
+        let taken = (0..1000).filter(|at| writer.append(&chunk(at % 3)).is_ok());
+        let taken = taken.count();
+        assert!(matches!(
+            writer.append(&chunk(0)),
+            Err(SessionError::Full { limit: LIMIT })
+        ));
+        assert!(writer.is_full());
+        writer.finish().expect("written");
+        let length = |path: &Path| fs::metadata(path).expect("a file").len();
+        let ring = fs::read_dir(dir.join("ring")).expect("files").flatten();
+        let ring: u64 = ring.map(|file| length(&file.path())).sum();
+        let all = ring + length(&dir.join(super::super::META_FILE));
+        assert!((LIMIT - 8000..=LIMIT).contains(&all), "{all}");
+        assert!(taken >= 23, "{taken}");
+        // Also for the helper that goes on with it, and for what else grows.
+        let mut writer = SessionWriter::resume(&dir).expect("the session");
+        writer.set_limit(LIMIT - 8000);
+        assert!(writer.is_full());
+        writer.set_limit(u64::MAX);
+        writer.meta.domain = "x".repeat(200_000);
+        writer.save().expect("saved");
+        writer.set_limit(LIMIT * 2);
+        assert!(writer.is_full());
+    }
 
     #[test]
     fn findings_end_with_a_line_that_says_so() {

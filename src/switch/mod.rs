@@ -99,7 +99,7 @@ impl fmt::Display for GuestError {
                        see the guest's kernel log, and reboot the guest"
             }
             EINVAL => "the guest's kernel does not know the command",
-            EALREADY => "the guest's trace is stopped and not yet switched off; try again",
+            EALREADY => "the guest's trace is stopped and not yet switched off",
             ENOKEY => "the guest's kernel was given no key yet",
             EOPNOTSUPP => {
                 "the guest's trace buffer has sub-buffers of more than one page; \
@@ -177,6 +177,16 @@ pub fn send(
 }
 
 impl Pending {
+    /// Takes the command back, which nobody waits for any more. A guest that
+    /// has taken it up already finishes it.
+    ///
+    /// # Errors
+    /// If guest memory cannot be read or written.
+    pub fn withdraw(self, ram: &dyn GuestRam, control: &Control) -> Result<(), SwitchError> {
+        let seen = control.heartbeat(ram)?.seen_seq;
+        Ok(control.withdraw_command(ram, seen)?)
+    }
+
     /// Asks how far the guest is.
     ///
     /// # Errors
@@ -271,6 +281,19 @@ mod tests {
                 pending.poll(&ram, &control),
                 Ok(Progress::Waiting)
             ));
+        }
+    }
+
+    #[test]
+    fn a_command_that_is_withdrawn_is_not_found_by_the_guest() {
+        let (ram, control) = setting();
+        for before in [0, 7] {
+            ram.poke_u32(Gpa(SEEN), before);
+            ram.poke_u32(Gpa(ACK), before);
+            let pending = send(&ram, &control, &Command::Off).expect("sent");
+            pending.withdraw(&ram, &control).expect("withdrawn");
+            // The guest looks for a number that is not the one it did last.
+            assert_eq!(ram.read_u32(Gpa(HOST_SEQ)).expect("a number"), before);
         }
     }
 

@@ -34,13 +34,13 @@ fn reads_of(guest: &TestGuest, loops: u64) -> i32 {
     pid_of(&said.success().unwrap())
 }
 
-fn pid_of(said: &str) -> i32 {
+pub(crate) fn pid_of(said: &str) -> i32 {
     let pid = said.lines().find_map(|line| line.strip_prefix("pid "));
     pid.expect("a pid").parse().expect("a number")
 }
 
 /// How often the session has that process of that boot call `read`.
-fn recorded_reads(session: &Session, boot: u32, pid: i32) -> u64 {
+pub(crate) fn recorded_reads(session: &Session, boot: u32, pid: i32) -> u64 {
     let names = Kernels::of(session).expect("its symbols");
     let mut reads = 0;
     for item in session.items() {
@@ -56,7 +56,7 @@ fn recorded_reads(session: &Session, boot: u32, pid: i32) -> u64 {
 }
 
 /// The records that are missing for a reason, and the places where they are.
-fn lost(session: &Session, why: LostWhy) -> (u64, u64) {
+pub(crate) fn lost(session: &Session, why: LostWhy) -> (u64, u64) {
     let (mut records, mut places) = (0, 0);
     for item in session.items() {
         if let What::Lost(lost) = item.expect("a record").what {
@@ -342,6 +342,7 @@ fn a_helper_that_hangs_holds_up_nobody() {
     };
     let usual = timed("destroy and start", &cycle);
     traced.wait_until_ready().unwrap();
+    let inside = traced.until("a helper", |_| true).helper_pid;
     let helper = traced.helper();
     signal(helper, Signal::SIGSTOP);
     let output = traced.command(&["status"]).output().unwrap();
@@ -350,7 +351,7 @@ fn a_helper_that_hangs_holds_up_nobody() {
     let said = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(2));
     assert!(
-        said.contains("does not answer") && said.contains("pkill"),
+        said.contains("does not answer") && said.contains(&format!("`kill -KILL {inside}`")),
         "{said}"
     );
     assert!(

@@ -17,6 +17,7 @@ mod lifecycle;
 mod pause;
 mod plain;
 mod refusals;
+mod switch;
 mod symbols;
 mod syslog;
 mod trace;

@@ -111,6 +111,7 @@ impl Host {
             graph: dir.join(GRAPH_FILE),
             unwritten: unwritten.clone(),
             counters: Counters::default(),
+            left: None,
         });
         let stop = Arc::new(AtomicBool::new(false));
         let told = Arc::clone(&stop);

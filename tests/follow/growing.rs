@@ -111,7 +111,7 @@ impl Growing {
 
     /// The next boot, as the helper begins it.
     pub(crate) fn boot(&mut self, cpus: u32) {
-        self.writer.next_boot().expect("a flush");
+        self.writer.finish().expect("a flush");
         self.seqs = [0; 16];
         let number = self.writer.meta.boots.len() as u32 + 1;
         let symbols = self
@@ -235,7 +235,7 @@ impl Growing {
         self.save();
     }
 
-    pub(crate) fn save(&self) {
+    pub(crate) fn save(&mut self) {
         self.writer.save().expect("room on the disk");
     }
 }

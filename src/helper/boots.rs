@@ -1,0 +1,181 @@
+//! What the engine does when it has found a kernel: the next boot of the
+//! session that is open, or of one that another helper left open, or what the
+//! domain is to be traced for from its start.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::UNIX_EPOCH;
+
+use crate::kernel::control::SwitchState;
+use crate::session::{EndReason, Meta, Mode, State, META_FILE};
+
+use super::engine::Engine;
+use super::trace::Trace;
+use super::watch::Guest;
+
+/// How often it is tried to go on with a session before it is closed.
+const RESUME_TRIES: u32 = 3;
+/// The most boots of one session: a guest can say that it has booted twice a
+/// second, and each of them stays in `session.json`.
+pub(super) const MAX_BOOTS: usize = 256;
+
+/// What a session was at when its helper went.
+enum Resumed {
+    /// Tracing, and the guest still does.
+    Tracing,
+    /// Tracing; the guest has booted since, or is one that does not tell.
+    ToSwitchOn,
+    /// It had not begun, or was being ended.
+    Ending,
+}
+
+impl Engine {
+    /// Sees to a kernel that was found since this was called last.
+    pub(super) fn attend_boot(&mut self) -> anyhow::Result<()> {
+        match std::mem::take(&mut self.boot_due) {
+            true => self.booted(),
+            false => Ok(()),
+        }
+    }
+
+    /// A kernel was found that lives.
+    fn booted(&mut self) -> anyhow::Result<()> {
+        let Some(guest) = self.watch.guest.clone() else {
+            return Ok(());
+        };
+        if let Some(again) = self.boots_said.say() {
+            log::info!(
+                "found the guest's kernel: {} (slide {:#x}, {}-level paging){again}",
+                guest.kernel.banner.trim_end().escape_debug(),
+                guest.kernel.slide,
+                guest.kernel.levels
+            );
+        }
+        // The first look, for the clock.
+        self.look()?;
+        if let Some(trace) = &mut self.trace {
+            let mode = guest.link.mode();
+            anyhow::ensure!(
+                trace.writer.meta.mode == mode,
+                "the guest has booted a kernel whose records are {}: that is no part of this session",
+                mode.text()
+            );
+            trace.guest_gone();
+            if trace.writer.meta.boots.len() >= MAX_BOOTS {
+                log::warn!("the guest has booted {MAX_BOOTS} times: the trace ends");
+                self.end_trace(EndReason::TooManyBoots);
+                return Ok(());
+            }
+            trace.boot(&guest, &self.watch)?;
+            return match self.switch_again() {
+                // It was reset once more meanwhile: the next boot is told of.
+                Err(error) if self.boot_due || self.watch.guest.is_none() => {
+                    log::warn!("{error:#}");
+                    Ok(())
+                }
+                result => result,
+            };
+        }
+        if self.start_done {
+            return Ok(());
+        }
+        let resumed = self.resume(&guest)?;
+        self.start_done = true;
+        if resumed {
+            return Ok(());
+        }
+        if self
+            .enrolment
+            .as_ref()
+            .is_some_and(|wanted| wanted.at_start)
+        {
+            if let Err(error) = self.on(Vec::new(), None, None, &|_| ()) {
+                log::error!("tracing from the start of the domain failed: {error:#}");
+            }
+        }
+        Ok(())
+    }
+
+    /// Goes on with a session that a helper of this same QEMU process left
+    /// open. Sessions that others left open are closed.
+    fn resume(&mut self, guest: &Guest) -> anyhow::Result<bool> {
+        let mut resumed = false;
+        for dir in self.sessions() {
+            let Ok(meta) = Meta::load(&dir) else {
+                continue;
+            };
+            if meta.state == State::Closed || meta.uuid != self.domain.uuid {
+                continue;
+            }
+            if meta.qemu != self.attached.qemu || meta.mode != guest.link.mode() || resumed {
+                self.abandoned(dir, meta, EndReason::HelperGone);
+                continue;
+            }
+            let ram = Arc::clone(&self.attached.ram);
+            let trace = match Trace::resume(&dir, guest, &self.watch, ram) {
+                Ok(trace) => trace,
+                // It may be better when the guest is found again.
+                Err(error) if self.resume_failed < RESUME_TRIES => {
+                    self.resume_failed += 1;
+                    return Err(error.into());
+                }
+                Err(error) => {
+                    let why = format!("it could not be gone on with: {error}");
+                    log::error!("the session in {dir:?} is closed: {why}");
+                    self.abandoned(dir, meta, EndReason::Error(why));
+                    continue;
+                }
+            };
+            let at = self.was_at(&meta, guest);
+            let wanted = trace.writer.meta.functions().to_vec();
+            self.begun(trace);
+            resumed = true;
+            match at {
+                Resumed::Tracing => self.wanted = Some(wanted),
+                Resumed::ToSwitchOn => {
+                    self.wanted = Some(wanted);
+                    self.switch_again()?;
+                }
+                Resumed::Ending => {
+                    log::warn!("the session in {dir:?}, whose helper has gone, was being ended");
+                    self.end(EndReason::Off)?;
+                    continue;
+                }
+            }
+            log::warn!("going on with the session in {dir:?}, whose helper has gone");
+        }
+        Ok(resumed)
+    }
+
+    /// Closes a session whose helper has gone. All that is known of its end is
+    /// when it was saved last.
+    fn abandoned(&self, dir: PathBuf, mut meta: Meta, end: EndReason) {
+        let saved = std::fs::metadata(dir.join(META_FILE)).and_then(|file| file.modified());
+        meta.ended_ns = saved
+            .ok()
+            .and_then(|at| at.duration_since(UNIX_EPOCH).ok())
+            .map(|since| since.as_nanos() as u64);
+        meta.state = State::Closed;
+        meta.end = Some(end);
+        if let Err(error) = meta.save(&dir) {
+            log::error!("the session in {dir:?} cannot be closed: {error}");
+        }
+        self.graphs.write(dir);
+    }
+
+    /// What a session was at whose helper has gone.
+    fn was_at(&self, meta: &Meta, guest: &Guest) -> Resumed {
+        let last = meta.boots.last().map(|boot| boot.boot_id);
+        let state = self.watch.heartbeat().map(|beat| beat.state);
+        // Of no function the guest would make all of its kernel's.
+        if meta.functions().is_empty() {
+            Resumed::Ending
+        } else if meta.mode == Mode::Plain || last != Some(guest.link.boot_id()) {
+            Resumed::ToSwitchOn
+        } else if state == Some(SwitchState::On) {
+            Resumed::Tracing
+        } else {
+            Resumed::Ending
+        }
+    }
+}
