@@ -1,5 +1,6 @@
 //! One open session: from the first key to the closed directory.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -63,6 +64,8 @@ pub(super) struct Trace {
     /// those read here such as were not even taken.
     unstored_before: u64,
     refused_bytes: u64,
+    /// CPUs whose last chunk could not be stored.
+    holes: HashSet<u16>,
     said: RateLimit,
     disk_said: RateLimit,
 }
@@ -177,6 +180,7 @@ impl Trace {
             forged_told: 0,
             swapped: false,
             refused_bytes: 0,
+            holes: HashSet::new(),
             said: RateLimit::new(10, Duration::from_secs(60)),
             disk_said: RateLimit::new(1, Duration::from_secs(60)),
         }
@@ -188,6 +192,7 @@ impl Trace {
         if let Err(error) = self.writer.finish() {
             self.cannot_store(&error);
         }
+        self.holes.clear();
         let number = self.writer.meta.boots.len() as u32 + 1;
         // Pages from before this moment belong to an earlier trace; `on` will
         // empty them. CPUs' clocks differ by a tick or two.
@@ -329,8 +334,14 @@ impl Trace {
         if let (Some(plain), Some(newest)) = (&mut live.plain, newest) {
             plain.clocks.note(newest);
         }
-        if let Err(error) = self.writer.append(chunk) {
-            live.reader.note_gap(chunk.cpu, Gap::DiskFull);
+        // On the very next chunk: the running numbers show the hole there, and
+        // would take it for one of the guest's making.
+        let marked = self.holes.remove(&chunk.cpu).then(|| Chunk {
+            gap: Some(Gap::DiskFull),
+            ..chunk.clone()
+        });
+        if let Err(error) = self.writer.append(marked.as_ref().unwrap_or(chunk)) {
+            self.holes.insert(chunk.cpu);
             self.refused_bytes += chunk.bytes.len() as u64;
             // The engine ends the trace at its limit, and says so.
             if !matches!(error, SessionError::Full { .. }) {

@@ -169,7 +169,7 @@ impl SessionWriter {
     ///
     /// # Errors
     /// If it cannot be written, or would make the session larger than it may
-    /// become; the caller has the reader note the gap
+    /// become; the caller marks the CPU's next chunk
     /// ([`crate::ring::Gap::DiskFull`]).
     pub fn append(&mut self, chunk: &Chunk) -> Result<(), SessionError> {
         if self.is_full() || self.size() + ChunkWriter::size_of(chunk) > self.limit {
