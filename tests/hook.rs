@@ -47,6 +47,14 @@ impl Hook {
         std::fs::read_to_string(self.path("log")).unwrap_or_default()
     }
 
+    fn wait_for_log(&self, text: &str) {
+        let start = Instant::now();
+        while !self.log().contains(text) {
+            assert!(start.elapsed() < Duration::from_secs(60), "{}", self.log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     fn run(&self, program: &Path, arguments: &[&str], xml: &[u8]) -> (Output, Duration) {
         let start = Instant::now();
         let mut child = Command::new(program)
@@ -179,6 +187,8 @@ fn a_running_domain_is_handed_to_a_helper_and_forgotten_when_it_ends() {
             "{}",
             hook.log()
         );
+        // While it lives it is the domain's only one.
+        hook.wait_for_log("no QEMU process of domain 'web1'");
         std::fs::remove_file(hook.path("log")).unwrap();
     }
     hook.hook("stopped", domain("", SHARED, "").as_bytes());
