@@ -13,10 +13,11 @@
 //! since noting a key waits for the disk. Connections have threads too, which
 //! only pass on what the engine says.
 //!
-//! The helper writes to guest memory in two places only, the key slots and the
-//! command page, and only while the kernel that it found there is seen to
-//! live (`watch::Liveness`): after a reset that memory belongs to something
-//! else. It never stops the guest, and the guest's end is its own.
+//! The helper writes to guest memory in three places only: the key slots and the
+//! command page, and in mode plain one bit, the ring buffer's own switch. And only
+//! while the kernel that it found there is seen to live (`watch::Liveness`): after
+//! a reset that memory belongs to something else. It never stops the guest, and the
+//! guest's end is its own.
 
 mod attach;
 mod boots;
