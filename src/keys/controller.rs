@@ -63,7 +63,7 @@ pub struct KeyController {
     klog: Klog,
     keys: Gpa,
     slots: u64,
-    /// What is in the guest's slots now: the newest `slots` of this boot.
+    /// What is in the guest's slots now: for each, the newest of this boot.
     given: VecDeque<(u64, u64)>,
 }
 
@@ -125,11 +125,13 @@ impl KeyController {
             return Err(KeyError::GuestGone { epoch: entry.epoch });
         }
         let found = self.verify(ram)?;
-        ram.write_u64(self.slot(entry.epoch), entry.key)?;
+        // Not by their number: an epoch that was not handed out left its slot
+        // to an older key.
+        let slot = self.slot(entry.epoch);
+        self.given
+            .retain(|&(epoch, _)| epoch % self.slots != entry.epoch % self.slots);
+        ram.write_u64(slot, entry.key)?;
         ram.write_u64(self.keys, entry.epoch)?;
-        if self.given.len() as u64 == self.slots {
-            self.given.pop_front();
-        }
         self.given.push_back((entry.epoch, entry.key));
         Ok((entry, found))
     }
@@ -255,6 +257,13 @@ mod tests {
             3
         );
         assert_eq!(controller.verify(&ram).expect("a look"), []);
+        // Nor is the key that its slot has put back when that is due again.
+        for epoch in 4..=12 {
+            let (entry, found) = controller.rotate(&ram, drop, || true).expect("a key");
+            assert_eq!((entry.epoch, found), (epoch, vec![]));
+            assert_eq!(word(&ram, 1 + epoch % 4), entry.key);
+            assert_eq!(controller.verify(&ram).expect("a look"), []);
+        }
     }
 
     #[test]
