@@ -91,10 +91,7 @@ fn symbols_that_are_not_the_guests_are_refused() {
         (
             "of a kernel without the patch",
             unpatched.as_bytes(),
-            &[
-                "built without CONFIG_XFTRACE",
-                "boot a kernel with the patches",
-            ],
+            &["does not run function_graph", "on its kernel command line"],
         ),
         (
             "of another build of this version",
