@@ -107,9 +107,9 @@ fn symbols_that_are_not_the_guests_are_refused() {
             &["the real System.map is in"],
         ),
         (
-            "no text",
+            "the beginning of something packed",
             b"\x1f\x8b\x08\x00\x00",
-            &["of-symbols.map", "not text"],
+            &["of-symbols.map", "cannot be unpacked"],
         ),
     ];
     for (what, map, parts) in wrong {

@@ -104,6 +104,16 @@ fn symbols_that_fit_are_found_in_the_store() {
         (output.status.code(), String::from_utf8(text).expect("text"))
     };
     let path = |path: &Path| path.to_str().expect("a path").to_owned();
+    // The store is the whole lab's, and other tests add to it as well.
+    let empty_the_store = || {
+        let (_, list) = xftrace(&["symbols", "list", "--json"]);
+        let known: serde_json::Value = serde_json::from_str(&list).expect("JSON");
+        for kernel in known.as_array().expect("an array") {
+            let id = kernel["id"].as_str().expect("an id");
+            assert_eq!(xftrace(&["symbols", "remove", id]).0, Some(0));
+        }
+    };
+    empty_the_store();
     let stock = guest.lab().artifacts("stock-6.1-cloud").unwrap().bzimage;
     assert_eq!(xftrace(&["symbols", "add", &path(&stock)]).0, Some(0));
     assert_eq!(xftrace(&["enroll", "picks"]).0, Some(0));
@@ -127,12 +137,7 @@ fn symbols_that_fit_are_found_in_the_store() {
     let graph = std::fs::read_to_string(dir.path().join("trace_graph.txt")).expect("a call flow");
     assert!(graph.contains("__x64_sys_read() {"));
     // The session is decoded with its own copy, when the store is empty again.
-    let (_, list) = xftrace(&["symbols", "list", "--json"]);
-    let known: serde_json::Value = serde_json::from_str(&list).expect("JSON");
-    for kernel in known.as_array().expect("an array") {
-        let id = kernel["id"].as_str().expect("an id");
-        assert_eq!(xftrace(&["symbols", "remove", id]).0, Some(0));
-    }
+    empty_the_store();
     let (status, text) = xftrace(&["report", "-d", "picks"]);
     assert_eq!(status, Some(0));
     assert!(text.contains("__x64_sys_read() {"));
