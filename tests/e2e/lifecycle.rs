@@ -182,7 +182,7 @@ fn a_guest_enrolled_by_its_name_is_traced_until_it_is_destroyed_and_again() {
     let guest = TestGuest::define(&file_backed("by-name-1"));
     let map = &guest.lab().artifacts(guest.kernel()).unwrap().system_map;
     let symbols = guest.lab().dir().join("xftrace/symbols/lab");
-    std::fs::copy(map, symbols).unwrap();
+    std::fs::copy(map, &symbols).unwrap();
     let traced = Traced::adopt(guest);
     traced.on(&["sys_read"]);
     let pid = reads_of(&traced, 2000);
@@ -203,6 +203,8 @@ fn a_guest_enrolled_by_its_name_is_traced_until_it_is_destroyed_and_again() {
     let second = traced.off();
     assert_ne!(second.dir(), first.dir());
     assert_eq!(recorded_reads(&second, 1, pid), 1000);
+    // The directory is the whole lab's.
+    std::fs::remove_file(symbols).unwrap();
 }
 
 #[test]
