@@ -123,7 +123,8 @@ impl<'a> Round<'a> {
         if now.0 == 0 {
             return Ok(());
         }
-        if cpu.buffers.last().is_some_and(|buffer| buffer.at != now) {
+        let last = cpu.buffers.last().map(|buffer| buffer.at);
+        if last.is_some_and(|last| last != now) {
             // What the old one still has; it may be gone altogether.
             let done = self.cpu_buffer(number, cpu);
             self.pass_over_damage(done)?;
@@ -133,20 +134,21 @@ impl<'a> Round<'a> {
             self.drained.swapped += 1;
             cpu.gap.get_or_insert(Gap::Overrun);
         }
-        match cpu.buffers.iter().position(|buffer| buffer.at == now) {
-            Some(known) => cpu
-                .buffers
-                .get_mut(known..)
-                .map_or((), |b| b.rotate_left(1)),
-            None => cpu.buffers.push(Buffer {
-                at: now,
-                pages: None,
-                cursor: cpu.resumed.take(),
-            }),
-        }
-        if cpu.buffers.len() > BUFFERS {
-            if let Some(pages) = cpu.buffers.remove(0).pages {
-                self.claims.release(number, pages);
+        if last != Some(now) {
+            let known = cpu.buffers.iter().position(|buffer| buffer.at == now);
+            let buffer = match known {
+                Some(known) => cpu.buffers.remove(known),
+                None => Buffer {
+                    at: now,
+                    pages: None,
+                    cursor: cpu.resumed.take(),
+                },
+            };
+            cpu.buffers.push(buffer);
+            if cpu.buffers.len() > BUFFERS {
+                if let Some(pages) = cpu.buffers.remove(0).pages {
+                    self.claims.release(number, pages);
+                }
             }
         }
         self.cpu_buffer(number, cpu)
