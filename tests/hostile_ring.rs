@@ -11,12 +11,10 @@ use std::time::Duration;
 use proptest::prelude::*;
 use support::guest::{Guest, Plan, DIRECT_MAP};
 use support::hostile::{change, changes, Change};
-use support::ring::{layout, Writer, BUFFERS, FUNC, HOLDERS, KEY, PAGES, PER_CPU, TYPES};
+use support::ring::{keys, layout, Code, Writer, BUFFERS, HOLDERS, PAGES, PER_CPU, TYPES};
 use support::time::cpu_time;
-use xftrace::kernel::Gva;
-use xftrace::keys::{Entry, KeyHistory};
 use xftrace::ram::{Gpa, GuestRam, Layout, VecRam};
-use xftrace::ring::{Chunk, CodeMap, Decoder, Drained, RecordFormat, RingReader};
+use xftrace::ring::{Chunk, Decoder, Drained, RecordFormat, RingReader};
 
 /// Where the synthetic ring lies, where changes hurt most.
 const RING: (u64, u64) = (BUFFERS, PAGES + 0x1_0000 - BUFFERS);
@@ -26,22 +24,12 @@ const ROUND_LIMIT: u64 = (32 << 20) + 4096;
 /// optimised.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-struct Code;
-
-impl CodeMap for Code {
-    fn is_function(&self, at: Gva) -> bool {
-        at.0 == FUNC
-    }
-}
-
 /// A guest with a ring of `pages` pages that was filled more than once.
 fn filled(ram: VecRam, pages: u64) -> Guest {
     let guest = Guest::load(Plan::default(), ram);
     let mut writer = Writer::new(pages);
     (0..pages * 150).for_each(|_| writer.record(300));
-    while !writer.stores.is_empty() {
-        writer.step(&guest.ram);
-    }
+    writer.settle(&guest.ram);
     guest
 }
 
@@ -52,13 +40,7 @@ fn ram() -> VecRam {
 /// One round, which must keep to its bounds; and what it handed out must be
 /// decoded, whatever it is.
 fn round(reader: &mut RingReader, decoder: &mut Decoder, guest: &Guest) -> Option<Drained> {
-    let mut keys = KeyHistory::default();
-    keys.push(Entry {
-        epoch: 1,
-        key: KEY,
-        wall_ns: 0,
-        mono_ns: 0,
-    });
+    let keys = keys();
     let (start, cpus, mut bytes) = (cpu_time(), reader.nr_cpus(), 0);
     let drained = reader.drain(&guest.ram, &mut |chunk: Chunk| {
         assert!(u32::from(chunk.cpu) < cpus);
@@ -155,9 +137,7 @@ fn a_ring_that_every_cpu_claims_is_read_once() {
     let (array, per_cpu) = (PAGES + 0x10_0000, PAGES + 0x20_0000);
     let mut writer = Writer::new(LONG);
     (0..LONG * 92 - 10).for_each(|_| writer.record(300));
-    while !writer.stores.is_empty() {
-        writer.step(&guest.ram);
-    }
+    writer.settle(&guest.ram);
     let word = |at: u64, value: u64| guest.ram.poke(Gpa(at), &value.to_le_bytes());
     let mut own = [0; 256];
     guest.ram.read(Gpa(PER_CPU), &mut own).expect("a buffer");

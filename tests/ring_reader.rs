@@ -9,20 +9,11 @@ use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
 use support::guest::{Guest, Plan, DIRECT_MAP};
-use support::ring::{layout, Writer, BUFFERS, FUNC, KEY, PAGES, TYPES};
+use support::ring::{keys, layout, Code, Writer, BUFFERS, PAGES, TYPES};
 use xftrace::kernel::{Gva, Kernel};
-use xftrace::keys::{Entry, KeyHistory};
 use xftrace::ram::{Gpa, Layout, VecRam};
 use xftrace::ring::record::What;
-use xftrace::ring::{events, Chunk, Clock, CodeMap, Decoder, Gap, RingReader};
-
-struct Code;
-
-impl CodeMap for Code {
-    fn is_function(&self, at: Gva) -> bool {
-        at.0 == FUNC
-    }
-}
+use xftrace::ring::{events, Chunk, Clock, Decoder, Gap, RingReader};
 
 /// What came out: the numbers of the records, the records told as lost, and
 /// what should not be there.
@@ -34,13 +25,7 @@ struct Out {
 }
 
 fn decode(chunks: &[Chunk]) -> Out {
-    let mut keys = KeyHistory::default();
-    keys.push(Entry {
-        epoch: 1,
-        key: KEY,
-        wall_ns: 0,
-        mono_ns: 0,
-    });
+    let keys = keys();
     let mut decoder = Decoder::new(TYPES, 1);
     let mut out = Out::default();
     for chunk in chunks {
@@ -96,9 +81,7 @@ fn what_was_written_is_read_once_and_in_order() {
     for round in 0..60 {
         let mut writer = writer.lock().expect("the writer");
         (0..round * 7 % 300).for_each(|i| writer.record(if i % 40 < 20 { 0 } else { 700 }));
-        while !writer.stores.is_empty() {
-            writer.step(&guest.ram);
-        }
+        writer.settle(&guest.ram);
         drop(writer);
         reader
             .drain(&guest.ram, &mut |chunk| chunks.push(chunk))
@@ -121,9 +104,7 @@ fn a_reader_that_begins_later_takes_nothing_older_and_knows_the_time() {
     let write = |records: u32| {
         let mut writer = writer.lock().expect("the writer");
         (0..records).for_each(|_| writer.record(700));
-        while !writer.stores.is_empty() {
-            writer.step(&guest.ram);
-        }
+        writer.settle(&guest.ram);
         writer.time
     };
     // Once around, so that what begins later begins in the middle of a page.
@@ -137,13 +118,7 @@ fn a_reader_that_begins_later_takes_nothing_older_and_knows_the_time() {
     assert_eq!(chunks[0].gap, Some(Gap::Earlier));
     assert!(chunks[1].offset > 0 && chunks[1..].iter().all(|chunk| chunk.gap.is_none()));
 
-    let mut keys = KeyHistory::default();
-    keys.push(Entry {
-        epoch: 1,
-        key: KEY,
-        wall_ns: 0,
-        mono_ns: 0,
-    });
+    let keys = keys();
     let mut decoder = Decoder::new(TYPES, 1);
     let mut calls = Vec::new();
     for chunk in &chunks {
@@ -202,9 +177,7 @@ fn a_ring_of_the_same_time_all_round_is_still_read_in_order() {
     for _ in 0..50 {
         let mut writer = writer.lock().expect("the writer");
         (0..150).for_each(|_| writer.record(0));
-        while !writer.stores.is_empty() {
-            writer.step(&guest.ram);
-        }
+        writer.settle(&guest.ram);
         drop(writer);
         reader
             .drain(&guest.ram, &mut |chunk| chunks.push(chunk))
@@ -231,9 +204,7 @@ fn a_guest_that_took_every_page_once_has_moved_them_all() {
                     writer.take_page();
                 }
             }
-            while !writer.stores.is_empty() {
-                writer.step(&guest.ram);
-            }
+            writer.settle(&guest.ram);
             drop(writer);
             reader
                 .drain(&guest.ram, &mut |chunk| chunks.push(chunk))
@@ -254,9 +225,7 @@ fn a_buffer_that_is_swapped_for_another_and_back_is_read_on() {
     let guest = guest(Arc::clone(&idle), Vec::new());
     let mut used = [Writer::at(0, 8), Writer::at(SPARE, 8)];
     let settle = |writer: &mut Writer| {
-        while !writer.stores.is_empty() {
-            writer.step(&guest.ram);
-        }
+        writer.settle(&guest.ram);
     };
     used.iter_mut().for_each(settle);
     let mut reader = RingReader::new(kernel(), layout(), 1, 0);
@@ -303,9 +272,7 @@ proptest! {
         let guest = guest(Arc::clone(&writer), pace);
         {
             let mut writer = writer.lock().expect("the writer");
-            while !writer.stores.is_empty() {
-                writer.step(&guest.ram);
-            }
+            writer.settle(&guest.ram);
         }
         let mut reader = RingReader::new(kernel(), layout(), 1, 0);
         let mut chunks = Vec::new();
@@ -321,9 +288,7 @@ proptest! {
         // The writer comes to rest; the reader reads what is left.
         {
             let mut writer = writer.lock().expect("the writer");
-            while !writer.stores.is_empty() {
-                writer.step(&guest.ram);
-            }
+            writer.settle(&guest.ram);
         }
         for _ in 0..2 {
             reader.drain(&guest.ram, &mut |chunk| chunks.push(chunk)).expect("a round");
@@ -349,9 +314,7 @@ proptest! {
         let guest = guest(Arc::clone(&writer), pace);
         let settle = |writer: &Mutex<Writer>| {
             let mut writer = writer.lock().expect("the writer");
-            while !writer.stores.is_empty() {
-                writer.step(&guest.ram);
-            }
+            writer.settle(&guest.ram);
         };
         settle(&writer);
         let mut reader = RingReader::new(kernel(), layout(), 1, 0);
@@ -388,9 +351,7 @@ proptest! {
         let guest = guest(Arc::clone(&writer), pace);
         let settle = || {
             let mut writer = writer.lock().expect("the writer");
-            while !writer.stores.is_empty() {
-                writer.step(&guest.ram);
-            }
+            writer.settle(&guest.ram);
         };
         settle();
         let mut reader = RingReader::new(kernel(), layout(), 1, 0);

@@ -5,7 +5,9 @@ use std::collections::VecDeque;
 
 use xftrace::kernel::control::{RecordTypes, RingLayout};
 use xftrace::kernel::Gva;
+use xftrace::keys::{Entry, KeyHistory};
 use xftrace::ram::{Gpa, VecRam};
+use xftrace::ring::CodeMap;
 
 use super::guest::DIRECT_MAP;
 
@@ -218,9 +220,37 @@ impl Writer {
         self.head = (self.head + 1) % places;
     }
 
+    /// All stores that are yet to be made.
+    pub fn settle(&mut self, ram: &VecRam) {
+        while !self.stores.is_empty() {
+            self.step(ram);
+        }
+    }
+
     pub fn step(&mut self, ram: &VecRam) {
         if let Some((at, bytes)) = self.stores.pop_front() {
             ram.poke(at, &bytes);
         }
     }
+}
+
+/// A kernel of one function.
+pub struct Code;
+
+impl CodeMap for Code {
+    fn is_function(&self, at: Gva) -> bool {
+        at.0 == FUNC
+    }
+}
+
+/// The one key that there was.
+pub fn keys() -> KeyHistory {
+    let mut keys = KeyHistory::default();
+    keys.push(Entry {
+        epoch: 1,
+        key: KEY,
+        wall_ns: 0,
+        mono_ns: 0,
+    });
+    keys
 }
