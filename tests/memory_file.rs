@@ -196,7 +196,7 @@ fn a_file_shorter_than_the_layout_is_refused_with_both_sizes() {
 #[test]
 fn an_image_opened_to_read_is_not_written() {
     let (_dir, path) = memory_file(MIB);
-    let ram = FileRam::open_flat(&path).unwrap();
+    let ram = FileRam::open(&path, Access::ReadOnly, Layout::flat(MIB).unwrap()).unwrap();
     assert!(matches!(
         ram.write_u64(Gpa(0), 1),
         Err(RamError::ReadOnly { .. })

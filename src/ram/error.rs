@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use nix::libc;
 
-use super::{Gpa, LayoutError};
+use super::{Gpa, ImageError, LayoutError};
 
 /// How a memory file is opened and mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,8 +57,9 @@ pub enum RamError {
     /// A word was to be changed that the guest changes too, through a backing
     /// that is not mapped.
     #[error(
-        "cannot change the word at {gpa} while the guest may change it too: this guest's memory \
-         is not mapped"
+        "cannot change bits in several bytes of the word at {gpa} while the guest may change it \
+         too: this guest's memory is no file that could be mapped; give it a shared file \
+         ('xftrace enroll', then a start of the domain)"
     )]
     NotAtomic {
         /// The word's address.
@@ -72,6 +73,23 @@ pub enum RamError {
     Gone {
         /// The file.
         path: PathBuf,
+    },
+    /// The process whose memory it is has ended, or has unmapped it.
+    #[error(
+        "the guest's memory cannot be read through {path:?} any more; what was read last cannot \
+         be trusted (QEMU has ended, or gave the memory up)"
+    )]
+    Ended {
+        /// The file in /proc.
+        path: PathBuf,
+    },
+    /// A saved image that cannot be read.
+    #[error("cannot read the memory image {path:?}: {error}")]
+    Image {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        error: ImageError,
     },
     /// The file is smaller than the guest's RAM.
     #[error(

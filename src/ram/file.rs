@@ -1,5 +1,5 @@
-//! Guest RAM in files: QEMU's memory file shared with a running guest, or a
-//! saved raw image.
+//! Guest RAM in files that QEMU and we have mapped: libvirt's memory files, and
+//! by their descriptors memfds and huge pages, which have no name.
 
 use std::fs::File;
 use std::io;
@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use memmap2::{Advice, MmapOptions, MmapRaw};
 use nix::errno::Errno;
 use nix::libc;
+use nix::sys::statfs::{fstatfs, HUGETLBFS_MAGIC};
 use nix::unistd::{lseek64, Whence};
 
 use super::sigbus::Watch;
@@ -112,6 +113,20 @@ impl BackingFile {
     pub fn size(&self) -> u64 {
         self.len
     }
+
+    /// The file, and its size.
+    pub(super) fn into_file(self) -> (File, u64) {
+        (self.file, self.len)
+    }
+}
+
+/// The size of the file's pages where they are huge ones: it lies on
+/// hugetlbfs, or is a memfd with `hugetlb=on`. Such a file has a whole number
+/// of them.
+fn huge_page(file: &File) -> Option<usize> {
+    let found = fstatfs(file).ok()?;
+    let size = usize::try_from(found.block_size()).ok()?;
+    (found.filesystem_type() == HUGETLBFS_MAGIC && size > 0).then_some(size)
 }
 
 /// One mapped file.
@@ -147,9 +162,15 @@ impl Backing {
             doing: "map",
             source,
         };
-        let bytes =
+        let mut bytes =
             usize::try_from(need).map_err(|error| failed(&path, io::Error::other(error)))?;
         let mut options = MmapOptions::new();
+        if let Some(page) = huge_page(&file) {
+            // A part of a huge page can be mapped, and never unmapped.
+            bytes = bytes.next_multiple_of(page);
+            // They are QEMU's to reserve; where it has not, neither have we.
+            options.no_reserve_swap();
+        }
         options.len(bytes);
         let map = match access {
             Access::ReadOnly => options.map_raw_read_only(&file),
@@ -236,17 +257,6 @@ impl FileRam {
         Self::map(vec![BackingFile::open(path, access)?], layout)
     }
 
-    /// Opens a saved raw image, read-only: the file's size is the guest's,
-    /// and a guest physical address is an offset in it.
-    ///
-    /// # Errors
-    /// Those of [`BackingFile::open`] and [`FileRam::map`].
-    pub fn open_flat(path: &Path) -> Result<Self, RamError> {
-        let file = BackingFile::open(path, Access::ReadOnly)?;
-        let layout = Layout::flat(file.size())?;
-        Self::map(vec![file], layout)
-    }
-
     /// The address of an aligned word of `size` bytes, and its backing.
     fn word(&self, gpa: Gpa, size: u64) -> Result<(&Backing, usize), RamError> {
         if !gpa.is_aligned(size) {
@@ -274,29 +284,14 @@ impl GuestRam for FileRam {
     }
 
     fn read(&self, gpa: Gpa, buf: &mut [u8]) -> Result<(), RamError> {
-        let unmapped = RamError::Unmapped {
-            gpa,
-            len: buf.len() as u64,
-        };
-        let mut at = gpa;
-        let mut rest = buf;
-        while !rest.is_empty() {
-            let Some(place) = self.layout.place(at) else {
-                return Err(unmapped);
-            };
-            let len = place.contiguous.min(rest.len() as u64);
-            let (now, later) = rest.split_at_mut(len as usize);
+        self.layout.pieces(gpa, buf, |place, part| {
             let map = &self.backings[place.backing].map;
             let src = map.as_ptr().wrapping_add(place.offset.0 as usize);
-            // SAFETY: the layout places `[at, at + len)` inside what the
-            // backing needs, and the mapping, alive as long as `self`, has
-            // exactly that length. `now` is memory of our own.
-            unsafe { volatile::copy(src, now) };
-            rest = later;
-            // Cannot overflow: the layout has room for these bytes.
-            at = Gpa(at.0.saturating_add(len));
-        }
-        Ok(())
+            // SAFETY: the layout places all of `part` inside what the backing
+            // needs, and the mapping, alive as long as `self`, has at least
+            // that length. `part` is memory of our own.
+            unsafe { volatile::copy(src, part) };
+        })
     }
 
     fn read_u64(&self, gpa: Gpa) -> Result<u64, RamError> {
@@ -337,14 +332,8 @@ impl GuestRam for FileRam {
     }
 
     fn next_populated(&self, gpa: Gpa) -> Option<Gpa> {
-        let ranges = self.layout.ranges();
-        let first = ranges.partition_point(|range| range.end() <= gpa);
-        ranges.iter().skip(first).find_map(|range| {
-            let start = gpa.max(range.gpa);
-            let from = range.offset.0 + (start.0 - range.gpa.0);
-            let end = range.offset.0 + range.len;
-            let found = self.backings[range.backing].next_populated(from, end)?;
-            Some(Gpa(range.gpa.0 + (found - range.offset.0)))
+        self.layout.next_populated(gpa, |backing, from, end| {
+            self.backings[backing].next_populated(from, end)
         })
     }
 

@@ -305,6 +305,54 @@ impl Layout {
         })
     }
 
+    /// Cuts a copy of `buf.len()` bytes from `gpa` on into what lies in one
+    /// piece each, and has `copy` fill these.
+    ///
+    /// # Errors
+    /// [`RamError::Unmapped`] where a byte is not RAM; what lies before it
+    /// was filled.
+    pub(super) fn pieces(
+        &self,
+        gpa: Gpa,
+        buf: &mut [u8],
+        mut copy: impl FnMut(Place, &mut [u8]),
+    ) -> Result<(), RamError> {
+        let unmapped = RamError::Unmapped {
+            gpa,
+            len: buf.len() as u64,
+        };
+        let mut at = gpa;
+        let mut rest = buf;
+        while !rest.is_empty() {
+            let Some(place) = self.place(at) else {
+                return Err(unmapped);
+            };
+            let len = place.contiguous.min(rest.len() as u64);
+            let (now, later) = rest.split_at_mut(len as usize);
+            copy(place, now);
+            rest = later;
+            // Cannot overflow: the layout has room for these bytes.
+            at = Gpa(at.0.saturating_add(len));
+        }
+        Ok(())
+    }
+
+    /// The first populated address at or after `gpa`, where `find` tells it
+    /// for one backing: its first populated offset in `[from, end)`.
+    pub(super) fn next_populated(
+        &self,
+        gpa: Gpa,
+        find: impl Fn(usize, u64, u64) -> Option<u64>,
+    ) -> Option<Gpa> {
+        let first = self.ranges.partition_point(|range| range.end() <= gpa);
+        self.ranges.iter().skip(first).find_map(|range| {
+            let start = gpa.max(range.gpa);
+            let from = range.offset.0 + (start.0 - range.gpa.0);
+            let found = find(range.backing, from, range.offset.0 + range.len)?;
+            Some(Gpa(range.gpa.0 + (found - range.offset.0)))
+        })
+    }
+
     /// Where all of `[gpa, gpa + len)` lies, if it is in one range.
     ///
     /// # Errors

@@ -3,18 +3,22 @@
 //! This room turns "the files that back a domain's memory" into one question:
 //! *what lies at this guest physical address right now?* A [`Layout`] says
 //! which piece of which backing holds which [`Gpa`]; a [`GuestRam`] reads and
-//! writes there. [`FileRam`] is the real thing (the retained memory file,
-//! mapped shared with QEMU, or a saved image); [`VecRam`] is one for tests,
-//! with holes, write protection and a hook that changes memory while somebody
-//! reads it.
+//! writes there. There are four:
+//!
+//! | | the guest's memory is | words whole | needs |
+//! | --- | --- | --- | --- |
+//! | [`FileRam`] | a file that QEMU has mapped shared: libvirt's `pc.ram`, a memfd, huge pages | yes | the file, or QEMU's descriptor of it |
+//! | [`ProcessRam`] | plain anonymous memory of QEMU | no, see there | the right to trace QEMU |
+//! | [`ImageRam`] | a saved image, ELF or raw; read only | yes | the file |
+//! | [`VecRam`] | our own, for tests: with holes, write protection, and a hook that changes it while somebody reads | yes | |
 //!
 //! What holds here, and what every layer above relies on:
 //!
 //! * Guest memory is hostile and moves. There is never a `&[u8]` or a `&T`
 //!   into it: bytes leave through volatile or atomic access into memory of
 //!   our own. A bulk [`GuestRam::read`] may tear (the guest writes while we
-//!   copy); an aligned word does not. Whoever reads copies once and validates
-//!   the copy.
+//!   copy); an aligned word does not (but see [`ProcessRam`]). Whoever reads
+//!   copies once and validates the copy.
 //! * An address from the guest cannot make us leave a mapping: every access
 //!   goes through [`Layout::resolve`], which knows no address outside RAM.
 //! * A backing that shrinks under us does not kill us: the `SIGBUS` is
@@ -32,7 +36,9 @@
 mod addr;
 mod error;
 mod file;
+mod image;
 mod layout;
+mod process;
 mod sigbus;
 mod vec;
 mod volatile;
@@ -40,7 +46,9 @@ mod volatile;
 pub use addr::{Gpa, RamOffset};
 pub use error::{Access, RamError};
 pub use file::{BackingFile, FileId, FileRam};
+pub use image::{ImageError, ImageRam};
 pub use layout::{Layout, LayoutError, MachineKind, Place, Range};
+pub use process::ProcessRam;
 pub use vec::VecRam;
 
 /// Size of the pages that layouts, holes and x86-64 page tables count in.
@@ -66,6 +74,7 @@ pub trait GuestRam: Send + Sync {
     fn read(&self, gpa: Gpa, buf: &mut [u8]) -> Result<(), RamError>;
 
     /// Loads one little-endian 64-bit word, whole and with acquire ordering.
+    /// What [`ProcessRam`] does instead is said there, for each of these four.
     ///
     /// # Errors
     /// [`RamError::Misaligned`] if `gpa` is not a multiple of 8,
@@ -93,15 +102,13 @@ pub trait GuestRam: Send + Sync {
 
     /// Sets the bits of `mask` in one little-endian 32-bit word, or clears
     /// them, and returns what the word was before. One atomic instruction, so
-    /// that nothing is lost of what the guest does to the word meanwhile.
+    /// that nothing is lost of what the guest does to the word meanwhile;
+    /// [`ProcessRam`] has none, and promises that for the word's other bytes.
     ///
     /// # Errors
-    /// As [`GuestRam::write_u32`], and [`RamError::NotAtomic`] for a backing
-    /// that cannot do it in one instruction.
-    fn change_bits(&self, gpa: Gpa, mask: u32, set: bool) -> Result<u32, RamError> {
-        let _ = (mask, set);
-        Err(RamError::NotAtomic { gpa })
-    }
+    /// As [`GuestRam::write_u32`], and [`RamError::NotAtomic`] for bits that a
+    /// backing cannot change like this.
+    fn change_bits(&self, gpa: Gpa, mask: u32, set: bool) -> Result<u32, RamError>;
 
     /// The first address at or after `gpa` that has something behind it, or
     /// `None` if there is nothing up to the end of RAM. It is `gpa` itself or
@@ -139,7 +146,8 @@ pub trait GuestRam: Send + Sync {
     /// Whether what was read so far came from the guest.
     ///
     /// # Errors
-    /// [`RamError::Gone`] after a backing was truncated: reads give zeros
-    /// from then on (or from some moment before), and writes reach nobody.
+    /// [`RamError::Gone`] after a backing was truncated, [`RamError::Ended`]
+    /// after its process has gone: reads give zeros from then on (or from
+    /// some moment before), and writes reach nobody.
     fn check(&self) -> Result<(), RamError>;
 }

@@ -52,7 +52,8 @@ impl TraceArray {
         Ok(ram.read_u32(self.record_disabled)? & RB_BUFFER_OFF == 0)
     }
 
-    /// Has it take records, or not: as the guest's own tracing_on does.
+    /// Has it take records, or not: as the guest's own tracing_on does. The
+    /// word's lower half counts who else has it take none; that is left alone.
     ///
     /// # Errors
     /// If guest memory cannot be written.
