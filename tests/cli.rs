@@ -25,10 +25,11 @@ fn host(dir: &Path) -> (String, String) {
         )
     };
     let node = format!(
-        "<node>{}{}{}{}</node>",
+        "<node>{}{}{}{}{}</node>",
         domain("plain", "<locked/>"),
         domain("huge", "<hugepages/>"),
         domain("fd", "<source type='memfd'/><access mode='shared'/>"),
+        domain("own", "<source type='file'/><access mode='private'/>"),
         domain("web-1", "<source type='file'/><access mode='shared'/>"),
     );
     let node_path = dir.join("node.xml");
@@ -114,18 +115,15 @@ fn an_error_is_one_text_with_its_causes() {
         );
     let dir = tempfile::tempdir().unwrap();
     let (uri, _) = host(dir.path());
-    for (domain, says) in [("huge", "huge pages"), ("fd", "memfd")] {
+    for (domain, memory) in [
+        ("huge", "huge pages are private"),
+        ("own", "file is private"),
+    ] {
         xftrace()
             .args(["-c", &uri, "enroll", domain])
             .assert()
-            .code(2)
-            .stdout(is_empty())
-            .stderr(
-                starts_with(format!(
-                    "xftrace: error: cannot enroll domain '{domain}': its memory is"
-                ))
-                .and(contains(says)),
-            );
+            .code(0)
+            .stdout(contains(memory).and(contains(format!("virsh shutdown {domain}"))));
     }
 }
 
@@ -177,6 +175,7 @@ fn enrolling_says_what_is_to_be_done_next() {
         .stdout(
             contains("Domain 'plain' is enrolled: functions sys_openat, sys_read")
                 .and(contains("every 500ms"))
+                .and(contains("its memory is anonymous"))
                 .and(contains("virsh shutdown plain"))
                 .and(contains("Undo: xftrace unenroll plain")),
         )
@@ -210,9 +209,10 @@ fn lists_the_domains() {
         .stdout(
             "\
 DOMAIN   STATE     ENROLLED   MEMORY          HELPER
-fd       running   no         not traceable   -
+fd       running   no         memfd           -
 huge     running   no         not traceable   -
-plain    running   no         not traceable   -
+plain    running   no         anonymous       -
+own      running   no         not traceable   -
 web-1    running   by name    shared file     -
 ",
         );

@@ -96,7 +96,7 @@ fn a_read_crosses_from_one_file_into_the_next() {
     let (_a, first) = memory_file(MIB);
     let (_b, second) = memory_file(MIB);
     let files = [&first, &second].map(|path| BackingFile::open(path, Access::ReadWrite).unwrap());
-    let layout = Layout::pc_nodes(&[MIB, MIB], MachineKind::I440fx).unwrap();
+    let layout = Layout::pc_nodes(&[MIB, MIB], MachineKind::I440fx, None).unwrap();
     let ram = FileRam::map(files.into(), layout).unwrap();
     File::options()
         .write(true)
@@ -260,7 +260,7 @@ fn a_file_is_the_same_by_any_name() {
 fn the_number_of_files_must_be_the_layouts() {
     let (_dir, path) = memory_file(MIB);
     let file = BackingFile::open(&path, Access::ReadOnly).unwrap();
-    let layout = Layout::pc_nodes(&[MIB, MIB], MachineKind::Q35).unwrap();
+    let layout = Layout::pc_nodes(&[MIB, MIB], MachineKind::Q35, None).unwrap();
     let refused = FileRam::map(vec![file], layout).err().expect("refused");
     assert!(matches!(
         refused,

@@ -75,7 +75,12 @@ fn sparse() -> (tempfile::TempDir, std::path::PathBuf, Arc<File>) {
     (dir, path, Arc::new(file))
 }
 
-fn of_file(name: &'static str, ram: Box<dyn GuestRam>, file: &Arc<File>, writable: bool) -> Fixture {
+fn of_file(
+    name: &'static str,
+    ram: Box<dyn GuestRam>,
+    file: &Arc<File>,
+    writable: bool,
+) -> Fixture {
     let (poked, peeked) = (Arc::clone(file), Arc::clone(file));
     Fixture {
         name,
@@ -108,18 +113,16 @@ fn memfd() -> Fixture {
 
 /// The memory of a process: this one.
 fn process() -> Fixture {
-    let anonymous = || -> MmapMut {
-        MmapOptions::new()
-            .len(PIECE as usize)
-            .map_anon()
-            .unwrap()
-    };
+    let anonymous = || -> MmapMut { MmapOptions::new().len(PIECE as usize).map_anon().unwrap() };
     let (low, high) = (anonymous(), anonymous());
     let starts = [&low, &high].map(|map| map.as_ptr().addr() as u64);
     let dir = Path::new("/proc/self");
     let ram = ProcessRam::open(dir, starts.to_vec(), Access::ReadWrite, layout(2)).unwrap();
     // What the test does to them, the compiler need not know of.
-    let mem = File::options().read(true).write(true).open("/proc/self/mem");
+    let mem = File::options()
+        .read(true)
+        .write(true)
+        .open("/proc/self/mem");
     let mem = Arc::new(mem.unwrap());
     let place = move |gpa: u64| match gpa.checked_sub(HIGH) {
         Some(into) => starts[1] + into,
@@ -245,7 +248,14 @@ impl GuestRam for Shared {
 }
 
 fn all() -> Vec<Fixture> {
-    vec![file(), memfd(), process(), raw_image(), elf_image(), vec_ram()]
+    vec![
+        file(),
+        memfd(),
+        process(),
+        raw_image(),
+        elf_image(),
+        vec_ram(),
+    ]
 }
 
 #[test]
@@ -275,7 +285,10 @@ fn words_are_little_endian_and_aligned() {
             assert_eq!(read, 0x0807_0605_0403_0201, "{}", fixture.name);
             assert_eq!(ram.read_u32(Gpa(base + 4)).unwrap(), 0x0807_0605);
             assert!(
-                matches!(ram.read_u64(Gpa(base + 4)), Err(RamError::Misaligned { .. })),
+                matches!(
+                    ram.read_u64(Gpa(base + 4)),
+                    Err(RamError::Misaligned { .. })
+                ),
                 "{}",
                 fixture.name
             );
@@ -295,14 +308,20 @@ fn the_guest_sees_each_word_that_is_written_and_nothing_beside_it() {
             let mut seen = [0; 32];
             (fixture.peek)(HIGH + 8, &mut seen);
             assert_eq!(seen[8..16], value.to_le_bytes(), "{name}");
-            assert!(seen[..8].iter().chain(&seen[16..]).all(|&byte| byte == 0xaa));
+            assert!(seen[..8]
+                .iter()
+                .chain(&seen[16..])
+                .all(|&byte| byte == 0xaa));
             assert_eq!(ram.read_u64(Gpa(HIGH + 16)).unwrap(), value);
         }
         for value in [0xaaaa_aa00u32, 7, 0x1234_5678] {
             ram.write_u32(Gpa(HIGH + 12), value).unwrap();
             let mut seen = [0; 8];
             (fixture.peek)(HIGH + 8, &mut seen);
-            assert_eq!((&seen[..4], &seen[4..]), (&[0xaa; 4][..], &value.to_le_bytes()[..]));
+            assert_eq!(
+                (&seen[..4], &seen[4..]),
+                (&[0xaa; 4][..], &value.to_le_bytes()[..])
+            );
         }
         assert!(ram.write_u64(Gpa(4), 1).is_err(), "{name}");
         ram.check().unwrap();
@@ -401,7 +420,11 @@ fn nothing_lies_between_the_pieces_or_after_them() {
         let ram = &fixture.ram;
         for gpa in [PIECE, HIGH - 8, HIGH + PIECE, u64::MAX - 7] {
             let unmapped = |result| matches!(result, Err(RamError::Unmapped { .. }));
-            assert!(unmapped(ram.read_u64(Gpa(gpa)).map(drop)), "{}", fixture.name);
+            assert!(
+                unmapped(ram.read_u64(Gpa(gpa)).map(drop)),
+                "{}",
+                fixture.name
+            );
             assert!(unmapped(ram.read(Gpa(gpa), &mut [0])), "{}", fixture.name);
             assert!(unmapped(ram.write_u64(Gpa(gpa), 1)), "{}", fixture.name);
         }
@@ -483,7 +506,10 @@ fn an_image_that_cannot_be_read_says_why() {
     let mut odd = elf_header(&[(100, one, one)]);
     odd.resize(odd.len() + one as usize, 0);
     for (bytes, says) in [
-        (cut.as_slice(), "cut short: it has 120 bytes, and its headers speak of 8312"),
+        (
+            cut.as_slice(),
+            "cut short: it has 120 bytes, and its headers speak of 8312",
+        ),
         (table.as_slice(), "cut short"),
         (program.as_slice(), "no core file"),
         (thirty_two.as_slice(), "no dump of an x86-64 guest"),
@@ -506,7 +532,10 @@ fn an_elf_image_with_holes_tells_them() {
     assert_eq!(ram.left_out(), [(Gpa(PAGE_SIZE), 2 * PAGE_SIZE)]);
     assert_eq!(ram.read_u32(Gpa(HIGH)).unwrap(), 0x0707_0707);
     let hole = ram.read_u64(Gpa(PAGE_SIZE)).unwrap_err().to_string();
-    assert!(hole.contains("0x1000") && hole.contains("not RAM"), "{hole}");
+    assert!(
+        hole.contains("0x1000") && hole.contains("not RAM"),
+        "{hole}"
+    );
 }
 
 #[test]

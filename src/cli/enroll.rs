@@ -10,7 +10,7 @@ use crate::cli::args::EnrollArgs;
 use crate::kernel::stock::command_line;
 use crate::kernel::Symbols;
 use crate::libvirt::connection::{Connection, Domain, Mode};
-use crate::libvirt::enrolment::untraceable;
+use crate::libvirt::enrolment::{advice, untraceable};
 use crate::libvirt::run_dir::RunDir;
 use crate::libvirt::shell_word;
 use crate::libvirt::xml::{enroll, DomainXml, Trace};
@@ -47,7 +47,11 @@ pub(super) fn run(context: &Context, args: &EnrollArgs) -> anyhow::Result<Exit> 
         redefine(&connection, &domain, &before, &enrolled.xml)?;
     }
     let stored = domain.persistent()??;
-    let Some(trace) = stored.trace.filter(|_| stored.backing.is_shared_file()) else {
+    let Some(trace) = stored
+        .trace
+        .clone()
+        .filter(|_| untraceable(&stored).is_none())
+    else {
         bail!(
             "libvirt did not keep the changes to domain '{}'",
             domain.name()
@@ -85,6 +89,13 @@ pub(super) fn run(context: &Context, args: &EnrollArgs) -> anyhow::Result<Exit> 
                  is not enough):\n  virsh shutdown {name}\n  virsh start {name}"
             )?,
             None => writeln!(out, "{}", join(context, &connection, &domain, &trace)?)?,
+        }
+        if let Some(why) = advice(&live) {
+            writeln!(
+                out,
+                "As it runs now, {why}; it gets one when it is shut down and started again \
+                 (a reboot from inside is not enough):\n  virsh shutdown {name}\n  virsh start {name}"
+            )?;
         }
     }
     writeln!(out, "Undo: xftrace unenroll {name}")?;
@@ -165,8 +176,8 @@ fn options(trace: &Trace) -> String {
     format!("{functions}{interval}{symbols}{start}{cmdline}")
 }
 
-/// Enrols the running domain as well, whose memory is a shared file already:
-/// its metadata, and a helper, as the hook would have started it.
+/// Enrols the running domain as well, whose memory can be read as it is: its
+/// metadata, and a helper, as the hook would have started it.
 fn join(
     context: &Context,
     connection: &Connection,

@@ -6,7 +6,7 @@ use super::{out, Context, Exit};
 use crate::cli::args::ListArgs;
 use crate::config::Config;
 use crate::libvirt::connection::{Connection, Domain, Mode};
-use crate::libvirt::enrolment::{untraceable, By, Enrolment};
+use crate::libvirt::enrolment::{memory, By, Enrolment};
 use crate::libvirt::run_dir::RunDir;
 use crate::libvirt::xml::DomainXml;
 
@@ -89,12 +89,5 @@ fn enrolled(now: &DomainXml, next: Option<&DomainXml>, config: &Config) -> &'sta
         (_, Some(By::Metadata)) => "from its next start on",
         (Some(By::Name), _) => "by name",
         _ => NOT_ENROLLED,
-    }
-}
-
-fn memory(domain: &DomainXml) -> &'static str {
-    match untraceable(domain) {
-        None => "shared file",
-        Some(_) => "not traceable",
     }
 }

@@ -7,16 +7,19 @@ use std::sync::Arc;
 use anyhow::Context as _;
 
 use crate::config::Config;
-use crate::libvirt::memory::find_backing;
+use crate::libvirt::memory::{find_backing, Held, MemoryPart};
 use crate::libvirt::xml::{DomainXml, MachineFamily};
-use crate::ram::{Access, BackingFile, FileRam, GuestRam, Layout, MachineKind};
+use crate::ram::{
+    Access, BackingFile, FileRam, Gpa, GuestRam, Layout, MachineKind, ProcessRam, RamError,
+};
 use crate::session::QemuProcess;
 
 /// A running domain that the helper holds on to.
 pub struct Attached {
     /// The guest's RAM.
     pub ram: Arc<dyn GuestRam>,
-    /// The files it lies in, as QEMU calls them.
+    /// The files it lies in, as QEMU or the kernel calls them; for memory of
+    /// no file, the one that it is read through.
     pub files: Vec<PathBuf>,
     /// The QEMU process.
     pub qemu: QemuProcess,
@@ -27,8 +30,8 @@ pub struct Attached {
 /// Finds the QEMU process of a running domain and maps its memory.
 ///
 /// # Errors
-/// If the domain does not run, its memory is not in files that both QEMU and
-/// we can map, or its layout is one that is not known.
+/// If the domain does not run, its memory cannot be told or reached, or its
+/// layout is one that is not known.
 pub fn attach(domain: &DomainXml, config: &Config) -> anyhow::Result<Attached> {
     let backing = find_backing(domain, &config.paths.libvirt_run)?;
     let machine = backing.machine.as_deref().or(domain.machine.as_deref());
@@ -41,38 +44,61 @@ pub fn attach(domain: &DomainXml, config: &Config) -> anyhow::Result<Attached> {
             machine.escape_debug()
         ),
     };
-    // Where memory is split is not for us to guess.
-    if let Some(below) = backing.max_ram_below_4g {
-        anyhow::bail!(
-            "QEMU was started with max-ram-below-4g={below}, which moves guest memory; \
-             take it out of the domain's <qemu:commandline>"
-        );
-    }
-    let sizes: Vec<u64> = backing.files.iter().map(|file| file.size).collect();
-    let total: u64 = sizes.iter().sum();
-    let limit = config.limits.guest_memory.0;
+    let sizes: Vec<u64> = backing.ram.iter().map(|part| part.size).collect();
+    let modules: Vec<(Gpa, u64)> = backing
+        .modules
+        .iter()
+        .map(|(part, base)| (Gpa(*base), part.size))
+        .collect();
+    let layout = Layout::pc_nodes(&sizes, kind, backing.max_ram_below_4g)
+        .and_then(|layout| layout.with_modules(&modules))
+        .context("the guest's memory layout")?;
+    let (total, limit) = (layout.total(), config.limits.guest_memory.0);
     anyhow::ensure!(
         total <= limit,
         "the guest has {total} bytes of memory, more than limits.guest_memory ({limit}) allows"
     );
-    let layout = Layout::pc_nodes(&sizes, kind).context("the guest's memory layout")?;
-    let mut paths = Vec::new();
-    let mut files = Vec::new();
-    for file in backing.files {
-        files.push(BackingFile::from_fd(
-            file.file.into(),
-            &file.path,
-            Access::ReadWrite,
-        )?);
-        paths.push(file.path);
-    }
+    let modules = backing.modules.into_iter().map(|(part, _)| part);
+    let parts: Vec<MemoryPart> = backing.ram.into_iter().chain(modules).collect();
+    let (ram, files) = open(parts, layout, backing.qemu.pid)?;
+    // What was opened through /proc is that process's only if it still lives.
+    anyhow::ensure!(
+        backing.qemu.lives(),
+        "the domain's QEMU process has just ended"
+    );
     Ok(Attached {
-        ram: Arc::new(FileRam::map(files, layout)?),
-        files: paths,
+        ram,
+        files,
         qemu: QemuProcess {
             pid: backing.qemu.pid,
             start_time: backing.qemu.start_time,
         },
         pidfd: backing.qemu.pidfd,
     })
+}
+
+/// Maps the parts of the memory, where all of them are files, and else opens
+/// the process that has them.
+fn open(
+    parts: Vec<MemoryPart>,
+    layout: Layout,
+    pid: i32,
+) -> Result<(Arc<dyn GuestRam>, Vec<PathBuf>), RamError> {
+    let dir = PathBuf::from(format!("/proc/{pid}"));
+    let starts = parts.iter().map(|part| part.address).collect();
+    let mut files = Vec::new();
+    let mut paths = Vec::new();
+    for part in parts {
+        match part.held {
+            Held::File { path, file } => {
+                files.push(BackingFile::from_fd(file.into(), &path, Access::ReadWrite)?);
+                paths.push(path);
+            }
+            Held::Anonymous => {
+                let ram = ProcessRam::open(&dir, starts, Access::ReadWrite, layout)?;
+                return Ok((Arc::new(ram), vec![dir.join("mem")]));
+            }
+        }
+    }
+    Ok((Arc::new(FileRam::map(files, layout)?), paths))
 }

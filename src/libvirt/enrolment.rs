@@ -62,23 +62,56 @@ impl Enrolment {
 
 /// What of a domain's memory, as its XML has it, keeps it from being traced;
 /// None where nothing does.
+///
+/// That is private memory of a file, and nothing else: the file stands for the
+/// guest's memory and never shows what the guest writes. Memory of no file is
+/// read through the QEMU process.
 pub fn untraceable(domain: &DomainXml) -> Option<String> {
     let backing = &domain.backing;
     let private = |access: &Option<Access>| *access == Some(Access::Private);
-    let what = if backing.hugepages {
-        "its memory is in huge pages, which xftrace does not support"
-    } else if backing.source == Some(Source::Memfd) {
-        "its memory is a memfd, which xftrace does not support"
-    } else if backing.source != Some(Source::File) {
-        "its memory is not file-backed"
-    } else if backing.access != Some(Access::Shared) {
-        "its memory file is private (access mode='private'): the guest's writes never reach it"
-    } else if domain.numa.iter().any(|cell| private(&cell.access))
-        || domain.modules.iter().any(|module| private(&module.access))
+    let in_files = backing.hugepages || backing.source == Some(Source::File);
+    let what = if in_files && backing.access != Some(Access::Shared) {
+        match backing.hugepages {
+            true => {
+                "its huge pages are private (<access mode='shared'/> is missing): the guest's \
+                     writes never reach their file"
+            }
+            false => {
+                "its memory file is private (access mode='private'): the guest's writes never \
+                      reach it"
+            }
+        }
+    } else if backing.source == Some(Source::Memfd) && private(&backing.access) {
+        "its memfd is private (access mode='private'): the guest's writes never reach it"
+    } else if (in_files || backing.source == Some(Source::Memfd))
+        && (domain.numa.iter().any(|cell| private(&cell.access))
+            || domain.modules.iter().any(|module| private(&module.access)))
     {
         "a part of its memory is private, so that the guest's writes never reach the file"
     } else {
         return None;
     };
     Some(what.to_owned())
+}
+
+/// What a domain's memory is, as its XML has it, in a word or two.
+pub fn memory(domain: &DomainXml) -> &'static str {
+    let backing = &domain.backing;
+    match backing.source {
+        _ if untraceable(domain).is_some() => "not traceable",
+        Some(Source::Memfd) => "memfd",
+        _ if backing.hugepages => "huge pages",
+        Some(Source::File) => "shared file",
+        _ => "anonymous",
+    }
+}
+
+/// Why memory of no file is the second best, where a domain has that: what
+/// `enroll` and `doctor` say.
+pub fn advice(domain: &DomainXml) -> Option<&'static str> {
+    (memory(domain) == "anonymous").then_some(
+        "its memory is anonymous, and traced through /proc of the QEMU process: that costs the \
+         host a system call and a copy more for each page read, cannot read or write a word \
+         whole, and needs the right to trace QEMU. A shared file in RAM has none of this",
+    )
 }

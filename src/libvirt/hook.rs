@@ -197,18 +197,21 @@ mod tests {
 
     #[test]
     fn what_cannot_be_traced_is_explained() {
-        for domain in [domain("id='1'", "", Some("")), domain("id='1'", "", None)] {
+        let private = SHARED.replace("shared", "private");
+        let of = |trace| domain("id='1'", &private, trace);
+        for domain in [of(Some("")), of(None)] {
             let Decision::Explain(text) = decide(Operation::Started, &domain, &all()) else {
                 panic!("{domain:?}");
             };
             assert!(text.contains("`xftrace enroll web-1`"), "{text}");
-            assert!(text.contains("not file-backed"), "{text}");
+            assert!(text.contains("private"), "{text}");
         }
     }
 
     #[test]
     fn only_a_required_trace_vetoes_and_only_a_start() {
-        let required = domain("id='1'", "", Some("required='yes'"));
+        let private = SHARED.replace("shared", "private");
+        let required = domain("id='1'", &private, Some("required='yes'"));
         for name in EVERY {
             let decision = decide(Operation::of(name), &required, &Config::default());
             let refused = matches!(decision, Decision::Refuse(_));

@@ -68,7 +68,9 @@ pub enum ImageError {
         need: u64,
     },
     /// A raw image that is no whole number of pages.
-    #[error("it is cut short, or no image of memory: its {have} bytes are no whole number of pages")]
+    #[error(
+        "it is cut short, or no image of memory: its {have} bytes are no whole number of pages"
+    )]
     OddSize {
         /// Bytes of the file.
         have: u64,

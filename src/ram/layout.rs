@@ -71,18 +71,29 @@ impl MachineKind {
         }
     }
 
-    /// How many bytes of `size` lie below 4 GiB, where `max-ram-below-4g` is
-    /// not given.
-    fn below_4g(self, size: u64) -> u64 {
-        let (fits_below, split) = match self {
-            Self::I440fx => (0xe000_0000, 0xc000_0000),
-            Self::Q35 => (0xb000_0000, 0x8000_0000),
-        };
+    /// How many bytes of `size` lie below 4 GiB at most; `limit` is
+    /// `max-ram-below-4g` where it is given.
+    fn below_4g(self, size: u64, limit: Option<u64>) -> u64 {
         // QEMU compares with >=: RAM of exactly the limit is split too.
-        if size >= fits_below {
-            split
-        } else {
-            size
+        match self {
+            // Rounded down to a GiB only where RAM is split at all, and of
+            // the split only what is above 3 GiB.
+            Self::I440fx => {
+                let fits_below = limit.unwrap_or(0xe000_0000);
+                if size >= fits_below {
+                    fits_below.min(0xc000_0000)
+                } else {
+                    fits_below
+                }
+            }
+            Self::Q35 => {
+                let split = if size >= 0xb000_0000 {
+                    0x8000_0000
+                } else {
+                    0xb000_0000
+                };
+                split.min(limit.unwrap_or(FOUR_GIB))
+            }
         }
     }
 }
@@ -193,15 +204,20 @@ impl Layout {
     /// [`LayoutError::Empty`] below one page; [`LayoutError::Unaligned`] if
     /// `size` is not a whole number of pages.
     pub fn pc(size: u64, machine: MachineKind) -> Result<Self, LayoutError> {
-        Self::pc_nodes(&[size], machine)
+        Self::pc_nodes(&[size], machine, None)
     }
 
     /// The RAM of a PC whose memory is the given backings one after the
     /// other (one a NUMA node, in the order of the nodes), in bytes each.
+    /// `max_below_4g` is the machine's `max-ram-below-4g`, where it is given.
     ///
     /// # Errors
     /// As [`Layout::pc`].
-    pub fn pc_nodes(sizes: &[u64], machine: MachineKind) -> Result<Self, LayoutError> {
+    pub fn pc_nodes(
+        sizes: &[u64],
+        machine: MachineKind,
+        max_below_4g: Option<u64>,
+    ) -> Result<Self, LayoutError> {
         let mut total = 0u64;
         for &size in sizes {
             if size % PAGE_SIZE != 0 {
@@ -215,7 +231,24 @@ impl Layout {
                 len: size,
             })?;
         }
-        Self::from_pieces(sizes, machine.below_4g(total))
+        Self::from_pieces(sizes, machine.below_4g(total, max_below_4g))
+    }
+
+    /// The same with memory modules: backings of their own, which follow those
+    /// there are, each at the address and with the size given, in bytes.
+    ///
+    /// # Errors
+    /// As [`Layout::new`].
+    pub fn with_modules(mut self, modules: &[(Gpa, u64)]) -> Result<Self, LayoutError> {
+        let first = self.backings();
+        let module = |(i, &(gpa, len)): (usize, &(Gpa, u64))| Range {
+            gpa,
+            len,
+            backing: first + i,
+            offset: RamOffset(0),
+        };
+        self.ranges.extend(modules.iter().enumerate().map(module));
+        Self::new(self.ranges)
     }
 
     /// Like [`Layout::pc`], with the split given: `below_4g` bytes from
@@ -403,7 +436,7 @@ mod tests {
 
     #[test]
     fn numa_nodes_follow_each_other_across_the_hole() {
-        let layout = Layout::pc_nodes(&[GIB, 2 * GIB], MachineKind::Q35).unwrap();
+        let layout = Layout::pc_nodes(&[GIB, 2 * GIB], MachineKind::Q35, None).unwrap();
         assert_eq!(
             layout.ranges(),
             [
@@ -428,6 +461,41 @@ mod tests {
             ]
         );
         assert_eq!((layout.needs(0), layout.needs(1)), (GIB, 2 * GIB));
+    }
+
+    #[test]
+    fn max_ram_below_4g_moves_the_split_as_in_qemu() {
+        use MachineKind::{I440fx, Q35};
+        let below = |machine, size, limit| {
+            let layout = Layout::pc_nodes(&[size], machine, Some(limit)).unwrap();
+            (layout.ranges()[0].len, layout.ranges().len())
+        };
+        // RAM of less than the limit is not split, of just as much it is, and
+        // on i440fx never above 3 GiB.
+        assert_eq!(below(I440fx, GIB, 2 * GIB), (GIB, 1));
+        assert_eq!(below(I440fx, 2 * GIB, 2 * GIB), (2 * GIB, 1));
+        assert_eq!(below(I440fx, 3 * GIB, 2 * GIB), (2 * GIB, 2));
+        assert_eq!(below(I440fx, 7 * GIB / 2, 4 * GIB), (7 * GIB / 2, 1));
+        assert_eq!(below(I440fx, 4 * GIB, 4 * GIB), (3 * GIB, 2));
+        // On q35 the limit only ever lowers.
+        assert_eq!(below(Q35, 4 * GIB, 4 * GIB), (2 * GIB, 2));
+        assert_eq!(below(Q35, 4 * GIB, GIB), (GIB, 2));
+        assert_eq!(below(Q35, 2 * GIB, GIB), (GIB, 2));
+        assert_eq!(below(Q35, 2 * GIB, 3 * GIB), (2 * GIB, 1));
+    }
+
+    #[test]
+    fn modules_are_backings_of_their_own() {
+        let nodes = Layout::pc_nodes(&[GIB, GIB], MachineKind::Q35, None).unwrap();
+        let at = Gpa(4 * GIB);
+        let layout = nodes.clone().with_modules(&[(at, GIB / 4)]).unwrap();
+        assert_eq!((layout.backings(), layout.needs(2)), (3, GIB / 4));
+        let place = layout.resolve(Gpa(at.0 + 8), 8).unwrap();
+        assert_eq!((place.backing, place.offset), (2, RamOffset(8)));
+        assert!(layout.resolve(Gpa(at.0 + GIB / 4), 1).is_err());
+        let inside = nodes.clone().with_modules(&[(Gpa(GIB), GIB)]);
+        assert_eq!(inside, Err(LayoutError::Overlap { gpa: Gpa(GIB) }));
+        assert_eq!(nodes.clone().with_modules(&[]), Ok(nodes));
     }
 
     #[test]
@@ -482,10 +550,15 @@ mod tests {
     proptest! {
         /// Any size of RAM is placed completely, each byte once.
         #[test]
-        fn all_ram_is_placed(pages in 1u64..(1 << 22), q35: bool) {
+        fn all_ram_is_placed(
+            pages in 1u64..(1 << 22),
+            q35: bool,
+            limit in prop::option::of(1u64..(1 << 20)),
+        ) {
             let machine = if q35 { MachineKind::Q35 } else { MachineKind::I440fx };
             let size = pages * PAGE_SIZE;
-            let layout = Layout::pc(size, machine).unwrap();
+            let limit = limit.map(|pages| pages * PAGE_SIZE);
+            let layout = Layout::pc_nodes(&[size], machine, limit).unwrap();
             prop_assert_eq!(layout.total(), size);
             prop_assert_eq!(layout.needs(0), size);
             let mut next = 0;

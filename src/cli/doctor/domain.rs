@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use nix::sys::statfs::{fstatfs, TMPFS_MAGIC};
+use nix::sys::statfs::{fstatfs, HUGETLBFS_MAGIC, TMPFS_MAGIC};
 
 use super::host::into_memory;
 use super::Report;
@@ -10,8 +10,8 @@ use crate::cli::client;
 use crate::config::Config;
 use crate::helper::protocol::{GuestStatus, Reply, Request, Status};
 use crate::libvirt::connection::{Connection, ConnectionError, Domain};
-use crate::libvirt::enrolment::{untraceable, By, Enrolment};
-use crate::libvirt::memory::find_backing;
+use crate::libvirt::enrolment::{advice, memory, untraceable, By, Enrolment};
+use crate::libvirt::memory::{find_backing, Held};
 use crate::libvirt::shell_word;
 use crate::libvirt::xml::DomainXml;
 use crate::session::Mode;
@@ -81,8 +81,13 @@ fn definition(config: &Config, xml: &DomainXml, name: &str, report: &mut Report)
         report.missing(format!("sense in its metadata: {problem}"), enroll.clone());
     }
     match untraceable(xml) {
-        None => report.ok("its memory is defined as a shared file"),
-        Some(why) => report.missing(format!("shared file memory: as defined, {why}"), enroll),
+        None => {
+            report.ok(format!("its memory is defined as {}", memory(xml)));
+            if let Some(why) = advice(xml) {
+                report.advice(format!("as defined, {why}"), enroll);
+            }
+        }
+        Some(why) => report.missing(format!("shared memory: as defined, {why}"), enroll),
     }
 }
 
@@ -114,26 +119,35 @@ fn running(
     match find_backing(&live, &config.paths.libvirt_run) {
         Err(error) => {
             report.missing(
-                format!("its memory file: {:#}", anyhow::Error::new(error)),
+                format!("its memory: {:#}", anyhow::Error::new(error)),
                 restart,
             );
             return Ok(());
         }
         Ok(backing) => {
-            for file in &backing.files {
-                report.ok(format!(
-                    "memory {} is {} (QEMU process {})",
-                    file.id,
-                    file.path.display(),
-                    backing.qemu.pid
-                ));
-                let memory = fstatfs(&file.file).map(|found| found.filesystem_type());
-                if memory != Ok(TMPFS_MAGIC) {
-                    report.advice(
-                        "that file is on a disk, to which what the guest writes is written",
-                        format!("{}\n{restart}", into_memory(&config.paths.qemu_conf)),
-                    );
+            let modules = backing.modules.iter().map(|(part, _)| part);
+            for part in backing.ram.iter().chain(modules) {
+                let pid = backing.qemu.pid;
+                match &part.held {
+                    Held::File { path, file } => {
+                        let path = path.display();
+                        report.ok(format!("memory {} is {path} (QEMU process {pid})", part.id));
+                        let memory = fstatfs(file).map(|found| found.filesystem_type());
+                        if !matches!(memory, Ok(TMPFS_MAGIC | HUGETLBFS_MAGIC)) {
+                            report.advice(
+                                "that file is on a disk, to which what the guest writes is written",
+                                format!("{}\n{restart}", into_memory(&config.paths.qemu_conf)),
+                            );
+                        }
+                    }
+                    Held::Anonymous => report.ok(format!(
+                        "memory {} is anonymous memory of QEMU process {pid}, at {:#x}",
+                        part.id, part.address
+                    )),
                 }
+            }
+            if let Some(why) = advice(&live) {
+                report.advice(format!("as it runs, {why}"), restart);
             }
         }
     }

@@ -16,18 +16,36 @@ pub(super) struct Arguments {
     backends: HashMap<String, Properties>,
     /// The backends of the NUMA nodes, in order.
     nodes: Vec<(u64, String)>,
-    /// The backends of memory modules.
-    modules: Vec<String>,
+    /// The backends of memory modules, and the address where one is given.
+    modules: Vec<(String, Option<u64>)>,
+    /// `-m`, `-mem-path`.
+    memory: Properties,
+    path: Option<String>,
 }
 
-/// A backend with a file.
+/// One of the objects that the guest's memory is made of.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct FileBackend {
+pub(super) struct Backend {
     pub(super) id: String,
-    pub(super) path: String,
+    pub(super) kind: Kind,
     pub(super) size: u64,
     pub(super) shared: bool,
 }
+
+/// What a backend is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// A file, or a directory that QEMU makes one in.
+    File(String),
+    /// A memfd.
+    Memfd,
+    /// Memory of no file.
+    Ram,
+}
+
+/// How much memory a guest has where QEMU is not told (`default_ram_size`,
+/// hw/core/machine.c).
+const DEFAULT_SIZE: u64 = 128 << 20;
 
 type Properties = HashMap<String, String>;
 
@@ -46,6 +64,8 @@ impl Arguments {
                 "object" => all.object(properties(value)?),
                 "numa" => all.node(&properties(value)?),
                 "device" => all.device(&properties(value)?),
+                "m" => all.memory = properties(value)?,
+                "mem-path" => all.path = Some(value.clone()),
                 _ => {}
             }
         }
@@ -84,7 +104,8 @@ impl Arguments {
             .iter()
             .any(|module| driver.starts_with(module));
         if let Some(id) = device.get("memdev").filter(|_| is_module) {
-            self.modules.push(id.clone());
+            let address = device.get("addr").and_then(|text| number(text));
+            self.modules.push((id.clone(), address));
         }
     }
 
@@ -99,52 +120,73 @@ impl Arguments {
         size(self.machine.get("max-ram-below-4g")?)
     }
 
-    /// The files of the RAM that the guest boots with. An error says what it
-    /// is made of instead.
-    pub(super) fn ram(&self) -> Result<Vec<FileBackend>, String> {
+    /// What the RAM is made of that the guest boots with. An error says what
+    /// cannot be understood.
+    pub(super) fn ram(&self) -> Result<Vec<Backend>, String> {
         let main = self.machine.get("memory-backend");
         let ids: Vec<&String> = match main {
             Some(id) => vec![id],
             None => self.nodes.iter().map(|(_, id)| id).collect(),
         };
         if ids.is_empty() {
-            return Err("it is anonymous memory".to_owned());
+            return Ok(vec![self.machines_own()?]);
         }
-        ids.into_iter().map(|id| self.file(id)).collect()
+        ids.into_iter().map(|id| self.backend(id)).collect()
     }
 
-    /// The files of memory modules. Modules without a file have none.
-    pub(super) fn modules(&self) -> Vec<FileBackend> {
-        let files = self.modules.iter().filter_map(|id| self.file(id).ok());
-        files.collect()
+    /// Memory without a backend of its own: QEMU makes a private one.
+    fn machines_own(&self) -> Result<Backend, String> {
+        let told = self.memory.get("size").or_else(|| self.memory.get(BARE));
+        let size = match told {
+            // Without a suffix, MiB.
+            Some(text) if text.bytes().all(|byte| byte.is_ascii_digit()) => {
+                size(&format!("{text}M"))
+            }
+            Some(text) => size(text),
+            None => Some(DEFAULT_SIZE),
+        };
+        Ok(Backend {
+            id: "the machine's memory".to_owned(),
+            kind: self.path.clone().map_or(Kind::Ram, Kind::File),
+            size: size.ok_or("-m has no size")?,
+            shared: false,
+        })
     }
 
-    fn file(&self, id: &str) -> Result<FileBackend, String> {
+    /// The backends of memory modules, and their addresses where these are
+    /// given. Modules of an unknown kind are left out.
+    pub(super) fn modules(&self) -> Vec<(Backend, Option<u64>)> {
+        let all = self.modules.iter();
+        all.filter_map(|(id, address)| Some((self.backend(id).ok()?, *address)))
+            .collect()
+    }
+
+    fn backend(&self, id: &str) -> Result<Backend, String> {
         let object = self
             .backends
             .get(id)
             .ok_or_else(|| format!("{id} has no memory object"))?;
-        let kind = object.get("qom-type").or_else(|| object.get(BARE));
-        let (Some("memory-backend-file"), Some(path)) =
-            (kind.map(String::as_str), object.get("mem-path"))
-        else {
-            return Err(format!(
-                "{id} is a {}",
-                kind.map_or("nameless object", String::as_str)
-            ));
+        let named = object.get("qom-type").or_else(|| object.get(BARE));
+        let named = named.map_or("nameless object", String::as_str);
+        let path = object.get("mem-path");
+        // A memfd is shared unless it is told not to be (memfd_backend_instance_init,
+        // backends/hostmem-memfd.c), the others the other way round.
+        let (kind, shared) = match (named, path) {
+            ("memory-backend-file", Some(path)) => (Kind::File(path.clone()), false),
+            ("memory-backend-memfd", _) => (Kind::Memfd, true),
+            ("memory-backend-ram", _) => (Kind::Ram, false),
+            _ => return Err(format!("{id} is a {named}")),
         };
         let size = object
             .get("size")
             .and_then(|text| size(text))
             .ok_or_else(|| format!("{id} has no size"))?;
-        Ok(FileBackend {
+        let told = object.get("share").map(String::as_str);
+        Ok(Backend {
             id: id.to_owned(),
-            path: path.clone(),
+            kind,
             size,
-            shared: matches!(
-                object.get("share").map(String::as_str),
-                Some("true" | "yes" | "on")
-            ),
+            shared: told.map_or(shared, |text| matches!(text, "true" | "yes" | "on")),
         })
     }
 }
@@ -197,6 +239,14 @@ fn json(text: &str) -> Result<Properties, String> {
         .collect())
 }
 
+/// A number as QEMU reads it: decimal, or hexadecimal behind `0x`.
+fn number(text: &str) -> Option<u64> {
+    match text.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16).ok(),
+        None => text.parse().ok(),
+    }
+}
+
 /// A size as QEMU reads it: bytes, or with one of its suffixes (qemu_strtosz,
 /// util/cutils.c).
 fn size(text: &str) -> Option<u64> {
@@ -222,10 +272,10 @@ mod tests {
         Arguments::of(&all).unwrap()
     }
 
-    fn pc_ram(path: &str, size: u64, shared: bool) -> FileBackend {
-        FileBackend {
+    fn pc_ram(path: &str, size: u64, shared: bool) -> Backend {
+        Backend {
             id: "pc.ram".to_owned(),
-            path: path.to_owned(),
+            kind: Kind::File(path.to_owned()),
             size,
             shared,
         }
@@ -274,45 +324,67 @@ mod tests {
             "-object",
             &object("memdimm0"),
             "-device",
-            r#"{"driver":"pc-dimm","memdev":"memdimm0","id":"dimm0","slot":0}"#,
+            r#"{"driver":"pc-dimm","memdev":"memdimm0","id":"dimm0","slot":0,"addr":4294967296}"#,
             "-object",
             &object("shm"),
             "-device",
             "ivshmem-plain,memdev=shm",
         ]);
-        let ids = |files: Vec<FileBackend>| -> Vec<String> {
-            files.into_iter().map(|file| file.id).collect()
-        };
-        assert_eq!(ids(all.ram().unwrap()), ["ram-node0", "ram-node1"]);
-        assert_eq!(ids(all.modules()), ["memdimm0"]);
+        let ids: Vec<String> = all.ram().unwrap().into_iter().map(|ram| ram.id).collect();
+        assert_eq!(ids, ["ram-node0", "ram-node1"]);
+        let modules = all.modules();
+        assert_eq!((modules.len(), modules[0].1), (1, Some(4 << 30)));
+        assert_eq!(modules[0].0.id, "memdimm0");
     }
 
     #[test]
-    fn says_what_memory_without_a_file_is() {
+    fn tells_the_kinds_of_memory_apart() {
         let machine = "pc,memory-backend=pc.ram";
+        let of = |object: &str| line(&["-machine", machine, "-object", object]).ram();
+        for (object, kind, shared) in [
+            (
+                r#"{"qom-type":"memory-backend-ram","id":"pc.ram","size":4096}"#,
+                Kind::Ram,
+                false,
+            ),
+            ("memory-backend-memfd,id=pc.ram,size=4k", Kind::Memfd, true),
+            (
+                "memory-backend-memfd,id=pc.ram,share=off,size=4k",
+                Kind::Memfd,
+                false,
+            ),
+        ] {
+            let [ram] = &of(object).unwrap()[..] else {
+                panic!("{object}");
+            };
+            assert_eq!((&ram.kind, ram.shared, ram.size), (&kind, shared, 4096));
+        }
         for (object, says) in [
-            (
-                r#"{"qom-type":"memory-backend-ram","id":"pc.ram","size":1}"#,
-                "backend-ram",
-            ),
-            (
-                "memory-backend-memfd,id=pc.ram,share=yes,size=1",
-                "backend-memfd",
-            ),
+            ("memory-backend-epc,id=pc.ram,size=1", "backend-epc"),
             (
                 "memory-backend-file,id=other,mem-path=/x,size=1",
                 "no memory object",
             ),
             ("memory-backend-file,id=pc.ram,mem-path=/x", "no size"),
         ] {
-            let error = line(&["-machine", machine, "-object", object])
-                .ram()
-                .unwrap_err();
+            let error = of(object).unwrap_err();
             assert!(error.contains(says), "{error}");
         }
-        assert!(line(&["qemu", "-machine", "pc"]).ram().is_err());
         let broken = ["-object".to_owned(), "{\"qom-type\":".to_owned()];
         assert!(Arguments::of(&broken).is_err());
+    }
+
+    #[test]
+    fn a_machines_own_memory_has_the_size_of_m() {
+        let own = |text: &[&str]| line(text).ram().map(|mut all| all.remove(0));
+        for (m, bytes) in [("512", 512 << 20), ("size=5G,slots=2,maxmem=8G", 5 << 30)] {
+            let ram = own(&["qemu", "-m", m]).unwrap();
+            assert_eq!((ram.size, ram.kind, ram.shared), (bytes, Kind::Ram, false));
+        }
+        assert_eq!(own(&["qemu", "-M", "pc"]).unwrap().size, DEFAULT_SIZE);
+        assert!(own(&["qemu", "-m", "some"]).is_err());
+        let file = own(&["qemu", "-mem-path", "/r"]).unwrap();
+        assert_eq!(file.kind, Kind::File("/r".to_owned()));
     }
 
     proptest! {

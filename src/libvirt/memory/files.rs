@@ -1,4 +1,12 @@
-//! Opening a memory file, and making sure that it is the one QEMU has.
+//! Opening a part of the guest's memory, and making sure that it is what QEMU
+//! has.
+//!
+//! A file that QEMU names is opened by that name. One without a name (a memfd,
+//! a file in a directory of huge pages, which QEMU unlinks at once) is found
+//! among the mappings by its size and by what the kernel calls it, and opened
+//! through `/proc/PID/map_files`. Memory of no file is found by its size
+//! alone. Where more than one mapping fits, none is taken: whether it was the
+//! right one, a guest's content could pretend.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -7,22 +15,115 @@ use std::path::{Path, PathBuf};
 
 use nix::fcntl::OFlag;
 
-use super::arguments::FileBackend;
-use super::maps::Maps;
-use super::{MemoryError, MemoryFile};
+use super::arguments::{Backend, Kind};
+use super::maps::{Mapping, Maps};
+use super::{Held, MemoryError, MemoryPart};
 
-/// Opens the file of a memory backend of the process with this directory in
-/// /proc, where it is the very file that the process has mapped.
+/// Finds a backend's memory in the process with this directory in /proc, and
+/// opens its file where it has one.
 pub(super) fn open(
     dir: &Path,
     maps: &Maps,
-    backend: &FileBackend,
+    backend: &Backend,
     domain: &str,
-) -> Result<MemoryFile, MemoryError> {
-    let path = PathBuf::from(&backend.path);
+) -> Result<MemoryPart, MemoryError> {
+    let part = |held, address| MemoryPart {
+        id: backend.id.clone(),
+        size: backend.size,
+        held,
+        address,
+    };
+    match &backend.kind {
+        Kind::Ram if !backend.shared => {
+            let found = only(maps.anonymous(backend.size), backend, domain)?;
+            Ok(part(Held::Anonymous, found.start))
+        }
+        // memory-backend-ram with share=on: the kernel's own file for shared
+        // memory of no file.
+        Kind::Ram => nameless(dir, maps, backend, domain, |name| {
+            name.starts_with("/dev/zero")
+        }),
+        Kind::Memfd => nameless(dir, maps, backend, domain, |name| {
+            name.starts_with("/memfd:memory-backend-memfd")
+        }),
+        Kind::File(path) => {
+            let there = dir.join("root").join(path.trim_start_matches('/'));
+            if there.is_dir() {
+                // file_ram_open, softmmu/physmem.c.
+                let made = format!("{}/qemu_back_mem.", path.trim_end_matches('/'));
+                return nameless(dir, maps, backend, domain, |name| name.starts_with(&made));
+            }
+            named(dir, maps, backend, path, domain)
+        }
+    }
+}
+
+/// The one mapping there is.
+fn only<'m>(
+    found: Vec<&'m Mapping>,
+    backend: &Backend,
+    domain: &str,
+) -> Result<&'m Mapping, MemoryError> {
+    match found[..] {
+        [only] => Ok(only),
+        _ => Err(MemoryError::Ambiguous {
+            name: domain.to_owned(),
+            id: backend.id.clone(),
+            size: backend.size,
+            count: found.len(),
+        }),
+    }
+}
+
+/// Opens a file that has no name, or one that QEMU made up.
+fn nameless(
+    dir: &Path,
+    maps: &Maps,
+    backend: &Backend,
+    domain: &str,
+    is_named: impl Fn(&str) -> bool,
+) -> Result<MemoryPart, MemoryError> {
+    if !backend.shared {
+        return Err(MemoryError::Private {
+            name: domain.to_owned(),
+            path: PathBuf::from(&backend.id),
+        });
+    }
+    let mut found = maps.shared(backend.size, is_named);
+    if found.len() > 1 {
+        // Of files that QEMU makes in a directory, the name has the backend's
+        // in it; slashes of that became underscores.
+        found.retain(|mapping| mapping.path.contains(&format!("{}.", backend.id)));
+    }
+    let found = only(found, backend, domain)?;
+    let link = found.link(dir);
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&link)
+        .map_err(MemoryError::io("open", &link))?;
+    let path = PathBuf::from(&found.path);
+    let address = check(&file, &link, dir, maps, backend, &path, domain)?;
+    Ok(MemoryPart {
+        id: backend.id.clone(),
+        size: backend.size,
+        held: Held::File { path, file },
+        address,
+    })
+}
+
+/// Opens a file by the path that QEMU was given.
+fn named(
+    dir: &Path,
+    maps: &Maps,
+    backend: &Backend,
+    path: &str,
+    domain: &str,
+) -> Result<MemoryPart, MemoryError> {
     // QEMU may live in a mount namespace of its own (libvirt gives it one by
     // default), so that its path means something else here.
-    let there = dir.join("root").join(backend.path.trim_start_matches('/'));
+    let there = dir.join("root").join(path.trim_start_matches('/'));
+    let path = PathBuf::from(path);
     let file = match open_regular(&there) {
         Ok(file) => file,
         Err(error) if is_gone(&error) => {
@@ -31,36 +132,42 @@ pub(super) fn open(
                 another: false,
             })
         }
-        // QEMU makes a nameless file in a directory.
-        Err(_) if maps.has_deleted(&backend.path) && there.is_dir() => {
-            return Err(MemoryError::Unlinked {
-                path,
-                another: false,
-            })
-        }
         Err(error) => return Err(MemoryError::io("open", &there)(error)),
     };
+    let address = check(&file, &there, dir, maps, backend, &path, domain)?;
+    Ok(MemoryPart {
+        id: backend.id.clone(),
+        size: backend.size,
+        held: Held::File { path, file },
+        address,
+    })
+}
+
+/// Whether the process has this very file mapped, shared and whole, and where.
+fn check(
+    file: &File,
+    opened: &Path,
+    dir: &Path,
+    maps: &Maps,
+    backend: &Backend,
+    path: &Path,
+    domain: &str,
+) -> Result<u64, MemoryError> {
     let metadata = file
         .metadata()
-        .map_err(MemoryError::io("look at", &there))?;
+        .map_err(MemoryError::io("look at", opened))?;
     let mapped = maps.of(&metadata, dir);
+    let path = path.to_owned();
     if mapped.private || !backend.shared {
         return Err(MemoryError::Private {
             name: domain.to_owned(),
             path,
         });
     }
-    if mapped.shared == 0 && maps.has_deleted(&backend.path) {
+    if mapped.shared == 0 && maps.has_deleted(&path.to_string_lossy()) {
         return Err(MemoryError::Unlinked {
             path,
             another: true,
-        });
-    }
-    if mapped.shared < backend.size {
-        return Err(MemoryError::NotMapped {
-            path,
-            expected: backend.size,
-            mapped: mapped.shared,
         });
     }
     if metadata.len() < backend.size {
@@ -70,12 +177,14 @@ pub(super) fn open(
             actual: metadata.len(),
         });
     }
-    Ok(MemoryFile {
-        id: backend.id.clone(),
-        path,
-        file,
-        size: backend.size,
-    })
+    match mapped.address.filter(|_| mapped.shared >= backend.size) {
+        Some(address) => Ok(address),
+        None => Err(MemoryError::NotMapped {
+            path,
+            expected: backend.size,
+            mapped: mapped.shared,
+        }),
+    }
 }
 
 /// Opens a regular file for reading and writing. Anything else that lies there

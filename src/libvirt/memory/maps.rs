@@ -8,15 +8,15 @@ use nix::sys::stat::{major, minor};
 
 use super::MemoryError;
 
-/// The mappings of a process that have a file.
+/// The mappings of a process.
 #[derive(Debug, Default)]
 pub(super) struct Maps(Vec<Mapping>);
 
 /// One mapping.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Mapping {
+pub(super) struct Mapping {
     /// First address and the one past the last.
-    start: u64,
+    pub(super) start: u64,
     end: u64,
     /// For instance `rw-s`.
     permissions: String,
@@ -24,10 +24,11 @@ struct Mapping {
     offset: u64,
     /// The file's device, as major and minor number.
     device: (u64, u64),
+    /// 0 where it has no file.
     inode: u64,
     /// The name that the file had when it was mapped; ` (deleted)` behind it
     /// where it has it no more.
-    path: String,
+    pub(super) path: String,
 }
 
 /// What a process has mapped of one file.
@@ -38,6 +39,8 @@ pub(super) struct Mapped {
     pub(super) shared: u64,
     /// Whether anything of it is mapped privately.
     pub(super) private: bool,
+    /// Where in the process that begins.
+    pub(super) address: Option<u64>,
 }
 
 impl Maps {
@@ -64,16 +67,49 @@ impl Maps {
         let mut mapped = Mapped {
             shared: 0,
             private: false,
+            address: None,
         };
         for part in parts {
             let length = part.end.saturating_sub(part.start);
             if !part.permissions.ends_with('s') {
                 mapped.private = true;
             } else if part.permissions.starts_with("rw") && part.offset <= mapped.shared {
+                if part.offset == 0 {
+                    mapped.address = Some(part.start);
+                }
                 mapped.shared = mapped.shared.max(part.offset.saturating_add(length));
             }
         }
         mapped
+    }
+
+    /// The mappings of this size that begin with their file, are shared and for
+    /// writing, and whose file has a name like that.
+    pub(super) fn shared(&self, size: u64, is_named: impl Fn(&str) -> bool) -> Vec<&Mapping> {
+        let fits = |mapping: &&Mapping| {
+            mapping.inode != 0
+                && mapping.permissions.starts_with("rw")
+                && mapping.permissions.ends_with('s')
+                && mapping.offset == 0
+                && mapping.end.checked_sub(mapping.start) == Some(size)
+                && is_named(&mapping.path)
+        };
+        self.0.iter().filter(fits).collect()
+    }
+
+    /// The mappings of this size that are private memory of no file.
+    ///
+    /// QEMU maps a block of RAM whole, and puts a page behind it that nobody
+    /// may touch (qemu_ram_mmap, util/mmap-alloc.c), so that the kernel never
+    /// merges it with a neighbour.
+    pub(super) fn anonymous(&self, size: u64) -> Vec<&Mapping> {
+        let fits = |mapping: &&Mapping| {
+            mapping.inode == 0
+                && mapping.path.is_empty()
+                && mapping.permissions == "rw-p"
+                && mapping.end.checked_sub(mapping.start) == Some(size)
+        };
+        self.0.iter().filter(fits).collect()
     }
 
     /// Whether a file that had this name, or a nameless one below it, is
@@ -89,7 +125,7 @@ impl Maps {
 }
 
 impl Mapping {
-    /// Reads one line; None where it has no file.
+    /// Reads one line.
     fn parse(line: &str) -> Option<Mapping> {
         // The path comes last, and may have spaces in it.
         let mut fields = line.splitn(6, ' ');
@@ -97,7 +133,7 @@ impl Mapping {
         let permissions = fields.next()?.to_owned();
         let offset = fields.next()?;
         let (major, minor) = fields.next()?.split_once(':')?;
-        let inode = fields.next()?.parse().ok().filter(|inode| *inode != 0)?;
+        let inode = fields.next()?.parse().ok()?;
         let hex = |text| u64::from_str_radix(text, 16).ok();
         Some(Mapping {
             start: hex(start)?,
@@ -110,6 +146,13 @@ impl Mapping {
         })
     }
 
+    /// The link to the mapped file itself, whatever became of its name
+    /// (proc_map_files_lookup, fs/proc/base.c). `dir` is the process's.
+    pub(super) fn link(&self, dir: &Path) -> PathBuf {
+        dir.join("map_files")
+            .join(format!("{:x}-{:x}", self.start, self.end))
+    }
+
     /// Whether this is a mapping of the file.
     ///
     /// File systems that are made of others (overlayfs, btrfs subvolumes) show
@@ -120,11 +163,8 @@ impl Mapping {
         if self.inode == file.ino() && self.device == (major(device), minor(device)) {
             return true;
         }
-        let link: PathBuf = dir
-            .join("map_files")
-            .join(format!("{:x}-{:x}", self.start, self.end));
         self.inode == file.ino()
-            && fs::metadata(link)
+            && fs::metadata(self.link(dir))
                 .is_ok_and(|there| there.dev() == file.dev() && there.ino() == file.ino())
     }
 }
@@ -144,12 +184,17 @@ mod tests {
              nonsense\n\
              \n",
         );
-        assert_eq!(maps.0.len(), 3);
+        assert_eq!(maps.0.len(), 5);
         let ram = &maps.0[1];
         assert_eq!(ram.path, "/dev/shm/qemu/1-a b/pc.ram");
         assert_eq!((ram.device, ram.inode), ((0, 0x18), 51));
         assert_eq!(ram.end - ram.start, 512 << 20);
         assert!(maps.has_deleted("/dev/shm/x") && maps.has_deleted("/dev/shm"));
+        let anonymous = maps.anonymous(0x1000);
+        assert_eq!((anonymous.len(), anonymous[0].start), (1, 0x7f1e_3000_0000));
+        let shared = maps.shared(512 << 20, |path| path.ends_with("/pc.ram"));
+        assert_eq!((shared.len(), shared[0].start), (1, 0x7f1e_0000_0000));
+        assert!(maps.shared(0x1000, |path| path.is_empty()).is_empty());
         assert!(!maps.has_deleted("/dev/sh") && !maps.has_deleted("/usr/bin/qemu-system-x86_64"));
     }
 
@@ -169,7 +214,11 @@ mod tests {
                 .collect();
             Maps::parse(&lines).of(&metadata, Path::new("/nonexistent"))
         };
-        let is = |shared, private| Mapped { shared, private };
+        let is = |shared: u64, private| Mapped {
+            shared,
+            private,
+            address: (shared > 0).then_some(0x1000_0000),
+        };
         assert_eq!(of(&[(0, 0x3000, "rw-s")]), is(0x3000, false));
         assert_eq!(
             of(&[(0x2000, 0x1000, "rw-s"), (0, 0x2000, "rw-s")]),

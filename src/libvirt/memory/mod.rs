@@ -1,12 +1,19 @@
-//! The files in which a running QEMU has its guest's RAM.
+//! Where a running QEMU has its guest's RAM: in files, or in memory of its own.
 //!
 //! libvirt puts them at `<memory_backing_dir>/<id>-<name>/pc.ram` by default,
 //! but that is a rule with exceptions (another directory, NUMA nodes, long
 //! names, other versions), and a wrong file that is written to is a disaster.
 //! So no path is built here. QEMU's command line says which of its memory
-//! backends are the guest's RAM and what files they have; /proc says whether
+//! backends are the guest's RAM and what they are made of; /proc says whether
 //! the process really has that very file mapped, shared and whole; and only a
 //! file of which both hold is opened and handed out.
+//!
+//! Memory of no file is an address in the process, found by its size (`files`).
+//! QEMU's monitor would tell it too (`info mtree -f`, `gpa2hva`), but every use
+//! of it through libvirt marks the domain as tainted, takes the domain's lock,
+//! and is not to be had without libvirt. What makes up for the weaker proof:
+//! nothing is written before a kernel that fits the symbols was found there,
+//! whose page tables lead to itself and whose heart beats.
 //!
 //! Everything read from /proc is about the process that the pidfd stands for:
 //! that is opened first, and asked last whether the process still lives.
@@ -33,12 +40,12 @@ use super::xml::DomainXml;
 pub struct Backing {
     /// The QEMU process.
     pub qemu: Qemu,
-    /// The files of the RAM that the guest boots with: one, or one a NUMA
-    /// node in the order of the nodes.
-    pub files: Vec<MemoryFile>,
-    /// The files of memory modules (DIMMs and the like), which lie above the
-    /// RAM.
-    pub modules: Vec<MemoryFile>,
+    /// The RAM that the guest boots with: one part, or one a NUMA node in the
+    /// order of the nodes.
+    pub ram: Vec<MemoryPart>,
+    /// Memory modules (DIMMs and the like), and the guest physical address of
+    /// each. One whose place is not known is left out.
+    pub modules: Vec<(MemoryPart, u64)>,
     /// The machine as QEMU has it (`pc-q35-7.2`), whatever alias the XML has.
     pub machine: Option<String>,
     /// `max-ram-below-4g` of the machine, in bytes, where it is set: it moves
@@ -59,17 +66,32 @@ pub struct Qemu {
     pub pidfd: OwnedFd,
 }
 
-/// A file that QEMU has mapped as guest RAM.
+/// A part of the guest's memory.
 #[derive(Debug)]
-pub struct MemoryFile {
+pub struct MemoryPart {
     /// QEMU's name for the memory backend: `pc.ram`, `ram-node0`, ..
     pub id: String,
-    /// The path as QEMU knows it, in its own mount namespace.
-    pub path: PathBuf,
-    /// The file, open for reading and writing.
-    pub file: File,
-    /// The size of the memory, in bytes. The file is at least as large.
+    /// Its size, in bytes. A file is at least as large.
     pub size: u64,
+    /// What it is.
+    pub held: Held,
+    /// Where QEMU has it in its own memory.
+    pub address: u64,
+}
+
+/// What a part of the guest's memory is.
+#[derive(Debug)]
+pub enum Held {
+    /// A file that QEMU has mapped shared.
+    File {
+        /// The path as QEMU or the kernel knows it, in QEMU's mount namespace;
+        /// ` (deleted)` behind it where there is no such name.
+        path: PathBuf,
+        /// The file, open for reading and writing.
+        file: File,
+    },
+    /// QEMU's own memory, of no file.
+    Anonymous,
 }
 
 /// Why a domain's memory was not found.
@@ -98,17 +120,30 @@ pub enum MemoryError {
         /// The processes.
         pids: Vec<i32>,
     },
-    /// RAM without a file.
-    #[error(
-        "the memory of domain '{name}' is not file-backed ({what}): type `xftrace enroll {}`, \
-         then shut the domain down and start it again",
-        shell_word(name)
-    )]
-    NotFileBacked {
+    /// Memory of a kind that is not known.
+    #[error("the memory of domain '{name}' cannot be read: {what}")]
+    UnknownKind {
         /// The domain.
         name: String,
         /// What it is.
         what: String,
+    },
+    /// No mapping, or more than one, that could be it.
+    #[error(
+        "QEMU has {count} mappings that could be {id} of domain '{name}' ({size} bytes), and one \
+         is needed: type `xftrace enroll {}`, then shut the domain down and start it again; a \
+         file can be told",
+        shell_word(name)
+    )]
+    Ambiguous {
+        /// The domain.
+        name: String,
+        /// The backend.
+        id: String,
+        /// Its size, in bytes.
+        size: u64,
+        /// How many fit.
+        count: usize,
     },
     /// A file that does not get to see what the guest writes.
     #[error(
@@ -198,8 +233,8 @@ impl MemoryError {
 /// libvirt keeps its PID files (/run/libvirt/qemu).
 ///
 /// # Errors
-/// Where the domain does not run, or its memory is no file that shares what
-/// the guest writes.
+/// Where the domain does not run, or its memory cannot be told or does not
+/// share what the guest writes.
 pub fn find_backing(domain: &DomainXml, libvirt_run: &Path) -> Result<Backing, MemoryError> {
     find_in(Path::new("/proc"), domain, libvirt_run)
 }
@@ -212,27 +247,46 @@ fn find_in(proc: &Path, domain: &DomainXml, libvirt_run: &Path) -> Result<Backin
             what,
         })?;
     let name = &domain.name;
-    let ram = told.ram().map_err(|what| MemoryError::NotFileBacked {
+    let ram = told.ram().map_err(|what| MemoryError::UnknownKind {
         name: name.clone(),
         what,
     })?;
     let dir = proc.join(found.qemu.pid.to_string());
     let mapped = maps::Maps::read(&dir)?;
-    let open = |files: &[arguments::FileBackend]| -> Result<Vec<MemoryFile>, MemoryError> {
-        let opened = files
-            .iter()
-            .map(|file| files::open(&dir, &mapped, file, name));
-        opened.collect()
-    };
+    let open = |backend: &arguments::Backend| files::open(&dir, &mapped, backend, name);
     let backing = Backing {
-        files: open(&ram)?,
-        modules: open(&told.modules())?,
+        ram: ram.iter().map(open).collect::<Result<_, _>>()?,
+        modules: modules(domain, &told, open)?,
         machine: told.machine(),
         max_ram_below_4g: told.max_ram_below_4g(),
         qemu: found.qemu,
     };
-    if !process::lives(&backing.qemu) {
+    if !backing.qemu.lives() {
         return Err(process::not_running(domain));
     }
     Ok(backing)
+}
+
+/// The memory modules whose place in the guest is known: QEMU was told, or
+/// libvirt has asked QEMU since, and says it in the XML of the running domain.
+fn modules(
+    domain: &DomainXml,
+    told: &arguments::Arguments,
+    open: impl Fn(&arguments::Backend) -> Result<MemoryPart, MemoryError>,
+) -> Result<Vec<(MemoryPart, u64)>, MemoryError> {
+    // libvirt's name for a module's backend (qemuBuildMemoryDimmBackendStr,
+    // src/qemu/qemu_command.c).
+    let base_of = |id: &str| {
+        let named = |alias: &String| id.strip_prefix("mem") == Some(alias.as_str());
+        let mut all = domain.modules.iter();
+        all.find(|module| module.alias.as_ref().is_some_and(named))?
+            .base
+    };
+    let mut found = Vec::new();
+    for (backend, address) in told.modules() {
+        if let Some(base) = address.or_else(|| base_of(&backend.id)) {
+            found.push((open(&backend)?, base));
+        }
+    }
+    Ok(found)
 }

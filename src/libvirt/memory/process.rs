@@ -64,10 +64,12 @@ pub(super) fn not_running(domain: &DomainXml) -> MemoryError {
     }
 }
 
-/// Whether the process has not ended.
-pub(super) fn lives(qemu: &Qemu) -> bool {
-    let mut ended = [PollFd::new(qemu.pidfd.as_fd(), PollFlags::POLLIN)];
-    matches!(poll(&mut ended, PollTimeout::ZERO), Ok(0))
+impl Qemu {
+    /// Whether the process has not ended.
+    pub fn lives(&self) -> bool {
+        let mut ended = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
+        matches!(poll(&mut ended, PollTimeout::ZERO), Ok(0))
+    }
 }
 
 /// The process of this number, where it is a QEMU of this domain. None also
@@ -92,7 +94,7 @@ fn look(proc: &Path, pid: i32, uuid: Uuid) -> Result<Option<Found>, MemoryError>
         start_time,
         pidfd,
     };
-    if !is_qemu_of(&arguments, uuid) || !lives(&qemu) {
+    if !is_qemu_of(&arguments, uuid) || !qemu.lives() {
         return Ok(None);
     }
     Ok(Some(Found { qemu, arguments }))

@@ -119,12 +119,16 @@ fn finds_and_opens_the_file() {
     assert_eq!(backing.qemu.start_time, 4711);
     assert_eq!(backing.machine.as_deref(), Some("pc-q35-7.2"));
     assert_eq!(backing.modules.len(), 0);
-    let [file] = &backing.files[..] else {
-        panic!("{:?}", backing.files)
+    let [part] = &backing.ram[..] else {
+        panic!("{:?}", backing.ram)
     };
-    assert_eq!((file.id.as_str(), file.size), ("pc.ram", SIZE));
-    assert_eq!(file.path, host.file());
-    let opened = file.file.metadata().unwrap();
+    assert_eq!((part.id.as_str(), part.size), ("pc.ram", SIZE));
+    assert_eq!(part.address, 0x7f00_0000_0000);
+    let Held::File { path, file } = &part.held else {
+        panic!("{part:?}")
+    };
+    assert_eq!(*path, host.file());
+    let opened = file.metadata().unwrap();
     assert_eq!(opened.ino(), fs::metadata(host.file()).unwrap().ino());
 }
 
@@ -165,21 +169,121 @@ fn of_several_processes_the_pid_file_tells_the_right_one() {
     assert_eq!(host.find().unwrap().qemu.pid.to_string(), host.pid);
 }
 
-#[test]
-fn memory_without_a_file_names_the_way_to_get_one() {
+/// A QEMU whose RAM is the only backend, of this kind, with these mappings.
+fn with_backend(kind: &str, maps: &str) -> Host {
     let host = Host::new();
     let mut arguments = host.arguments("true");
-    arguments[4] = r#"{"qom-type":"memory-backend-ram","id":"pc.ram","size":1048576}"#.into();
+    arguments[4] = format!(
+        r#"{{"qom-type":"memory-backend-{kind}","id":"pc.ram","share":{},"size":{SIZE}}}"#,
+        kind == "memfd"
+    );
     host.set_arguments(&arguments);
-    let error = host.error();
+    fs::write(host.path("proc").join(&host.pid).join("maps"), maps).unwrap();
+    host
+}
+
+#[test]
+fn memory_of_no_file_is_found_by_its_size() {
+    let line = |start: u64, size: u64, rest: &str| format!("{start:x}-{:x} {rest}\n", start + size);
+    let own = line(0x7f00_0000_0000, SIZE, "rw-p 00000000 00:00 0 ");
+    let others = line(0x7f00_0010_0000, 0x1000, "---p 00000000 00:00 0 ")
+        + &line(0x7f10_0000_0000, SIZE, "rwxp 00000000 00:00 0 ")
+        + &line(0x7f20_0000_0000, SIZE, "rw-p 00000000 00:00 0    [heap]")
+        + &line(
+            0x7f30_0000_0000,
+            SIZE,
+            "rw-p 00000000 08:01 7    /usr/lib/x",
+        )
+        + &line(0x7f40_0000_0000, SIZE / 2, "rw-p 00000000 00:00 0 ");
+    let backing = with_backend("ram", &(own.clone() + &others))
+        .find()
+        .unwrap();
+    assert!(matches!(backing.ram[0].held, Held::Anonymous));
+    assert_eq!(backing.ram[0].address, 0x7f00_0000_0000);
+
+    let twice = own.clone() + &line(0x7f50_0000_0000, SIZE, "rw-p 00000000 00:00 0 ");
+    for (maps, count) in [(twice + &others, 2), (others, 0)] {
+        let error = with_backend("ram", &maps).error();
+        assert!(
+            matches!(error, MemoryError::Ambiguous { count: n, .. } if n == count),
+            "{error}"
+        );
+        assert!(
+            error.to_string().contains("`xftrace enroll web1`"),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn a_memfd_is_opened_through_its_mapping_and_looked_at() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(SIZE).unwrap();
+    let metadata = file.as_file().metadata().unwrap();
+    let memfd = |inode: u64, permissions: &str| {
+        format!(
+            "7f0000000000-7f0000100000 {permissions} 00000000 {:02x}:{:02x} {inode} \
+             /memfd:memory-backend-memfd (deleted)\n",
+            major(metadata.dev()),
+            minor(metadata.dev())
+        )
+    };
+    let with = |maps: &str| {
+        let host = with_backend("memfd", maps);
+        let links = host.path("proc").join(&host.pid).join("map_files");
+        fs::create_dir(&links).unwrap();
+        symlink(file.path(), links.join("7f0000000000-7f0000100000")).unwrap();
+        host
+    };
+    let backing = with(&memfd(metadata.ino(), "rw-s")).find().unwrap();
+    let Held::File { file: opened, .. } = &backing.ram[0].held else {
+        panic!("{backing:?}")
+    };
+    assert_eq!(opened.metadata().unwrap().ino(), metadata.ino());
+    // What the link leads to is not what is mapped.
+    let error = with(&memfd(metadata.ino() + 1, "rw-s")).error();
+    assert!(matches!(error, MemoryError::NotMapped { .. }), "{error}");
+    let error = with(&memfd(metadata.ino(), "rw-p")).error();
     assert!(
-        matches!(error, MemoryError::NotFileBacked { .. }),
+        matches!(error, MemoryError::Ambiguous { count: 0, .. }),
         "{error}"
     );
-    assert!(
-        error.to_string().contains("`xftrace enroll web1`"),
-        "{error}"
-    );
+}
+
+#[test]
+fn a_file_in_a_directory_is_told_by_its_name() {
+    let host = Host::new();
+    let mut arguments = host.arguments("true");
+    arguments[4] = arguments[4].replace("/pc.ram\"", "\"");
+    host.set_arguments(&arguments);
+    let made = host.path("ram/qemu_back_mem.pc.ram.AbCdEf");
+    fs::rename(host.file(), &made).unwrap();
+    let metadata = fs::metadata(&made).unwrap();
+    let line = |at: u64, inode: u64, name: &str| {
+        format!(
+            "{at:x}-{:x} rw-s 00000000 {:02x}:{:02x} {} {name}\n",
+            at + SIZE,
+            major(metadata.dev()),
+            minor(metadata.dev()),
+            inode,
+        )
+    };
+    let proc = host.path("proc").join(&host.pid);
+    let deleted = format!("{} (deleted)", made.display());
+    let other = deleted.replace("pc.ram", "memdimm0");
+    let maps = line(0x7f00_0000_0000, metadata.ino(), &deleted)
+        + &line(0x7f00_1000_0000, metadata.ino() + 1, &other);
+    fs::write(proc.join("maps"), maps).unwrap();
+    fs::create_dir(proc.join("map_files")).unwrap();
+    symlink(&made, proc.join("map_files/7f0000000000-7f0000100000")).unwrap();
+    assert_eq!(host.find().unwrap().ram[0].address, 0x7f00_0000_0000);
+}
+
+#[test]
+fn memory_of_an_unknown_kind_is_refused() {
+    let error = with_backend("epc", "").error();
+    assert!(matches!(error, MemoryError::UnknownKind { .. }), "{error}");
+    assert!(error.to_string().contains("memory-backend-epc"), "{error}");
 }
 
 #[test]

@@ -49,13 +49,6 @@ pub struct MemoryBacking {
     pub discard: bool,
 }
 
-impl MemoryBacking {
-    /// Whether the memory is a file that QEMU shares.
-    pub fn is_shared_file(&self) -> bool {
-        self.source == Some(Source::File) && self.access == Some(Access::Shared) && !self.hugepages
-    }
-}
-
 /// Where QEMU takes the memory from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source {
@@ -100,6 +93,11 @@ pub struct MemoryDevice {
     pub size: u64,
     /// `access`, which goes before the domain's own.
     pub access: Option<Access>,
+    /// `<alias name=..>`, which a running domain's modules have.
+    pub alias: Option<String>,
+    /// Where the guest has it: `<address type='dimm' base=..>`, which libvirt
+    /// fills in while the domain runs.
+    pub base: Option<u64>,
 }
 
 /// The kinds of x86 machine that lay memory out differently.
@@ -293,13 +291,31 @@ impl Reader<'_, '_> {
                     bytes = self.size_of(size)?;
                 }
             }
+            let alias = match self.0.child(at, "alias")? {
+                Some(alias) => self.0.attribute(alias, "name")?,
+                None => None,
+            };
+            let base = match self.0.child(at, "address")? {
+                Some(address) => self.0.attribute(address, "base")?,
+                None => None,
+            };
             Ok(MemoryDevice {
+                alias,
+                base: base.and_then(|text| number(&text)),
                 model: self.0.attribute(at, "model")?.unwrap_or_default(),
                 size: bytes,
                 access: self.access(at, "access")?,
             })
         };
         self.0.named(devices, "memory").map(module).collect()
+    }
+}
+
+/// Reads a number as libvirt writes addresses: `0x` and hexadecimal digits.
+fn number(text: &str) -> Option<u64> {
+    match text.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16).ok(),
+        None => text.parse().ok(),
     }
 }
 

@@ -26,7 +26,8 @@ pub struct Enrolled {
     pub cmdline_changed: bool,
 }
 
-/// Puts shared file memory and xftrace's metadata into a domain's XML.
+/// Puts shared file memory and xftrace's metadata into a domain's XML. Huge
+/// pages stay huge pages and a memfd a memfd: they are made shared.
 ///
 /// Enrolling an enrolled domain sets its options anew; `required`, which is
 /// set by hand only, stays.
@@ -39,7 +40,8 @@ pub fn enroll(xml: &str, wanted: &Trace) -> Result<Enrolled, XmlError> {
     let domain = DomainXml::read(&outline)?;
     check_supported(&domain)?;
     let mut editor = Editor::new(&outline);
-    let mut before = editor.share_memory()?;
+    let as_is = domain.backing.hugepages || domain.backing.source == Some(Source::Memfd);
+    let mut before = editor.share_memory(as_is)?;
     let memory_changed = !editor.edits.is_empty();
 
     let mut wanted = wanted.clone();
@@ -110,11 +112,7 @@ pub fn unenroll(xml: &str) -> Result<Option<String>, XmlError> {
 fn check_supported(domain: &DomainXml) -> Result<(), XmlError> {
     let backing = &domain.backing;
     let private = |access: &Option<Access>| *access == Some(Access::Private);
-    let found = if backing.hugepages {
-        "in huge pages (<hugepages>)".to_owned()
-    } else if let Some(Source::Memfd) = backing.source {
-        "a memfd (<source type='memfd'/>)".to_owned()
-    } else if let Some(Source::Other(kind)) = &backing.source {
+    let found = if let Some(Source::Other(kind)) = &backing.source {
         format!("of the unknown source type {kind:?}")
     } else if let Some(Access::Other(mode)) = &backing.access {
         format!("of the unknown access mode {mode:?}")
@@ -166,8 +164,9 @@ impl<'o, 'a> Editor<'o, 'a> {
         all
     }
 
-    /// Makes the memory a shared file, and says what it was.
-    fn share_memory(&mut self) -> Result<Before, XmlError> {
+    /// Makes the memory a shared file, or where it is to stay what it is only
+    /// shared, and says what it was.
+    fn share_memory(&mut self, as_is: bool) -> Result<Before, XmlError> {
         let mut before = Before::default();
         let source = "<source type='file'/>";
         let access = "<access mode='shared'/>";
@@ -193,7 +192,9 @@ impl<'o, 'a> Editor<'o, 'a> {
             return Ok(before);
         }
         let mut new = String::new();
-        before.source = self.set(backing, "source", "type", "file")?;
+        if !as_is {
+            before.source = self.set(backing, "source", "type", "file")?;
+        }
         if before.source == Some(Setting::Absent) {
             new += &format!("{inner}{source}");
         }

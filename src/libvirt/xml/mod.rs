@@ -43,9 +43,9 @@ pub enum XmlError {
     NotADomain(String),
     /// A domain whose memory xftrace cannot make a shared file.
     #[error(
-        "its memory is {found}, which xftrace does not support: it needs plain memory in a \
-         shared file (<source type='file'/>, <access mode='shared'/>, no huge pages, no private \
-         NUMA cell or DIMM). Change that with `virsh edit`, then enroll again"
+        "its memory is {found}, which xftrace does not support: it needs memory that is shared \
+         (<source type='file'/> or memfd or huge pages, <access mode='shared'/>, no private NUMA \
+         cell or DIMM). Change that with `virsh edit`, then enroll again"
     )]
     Unsupported {
         /// What stands in the way.

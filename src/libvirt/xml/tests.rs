@@ -172,7 +172,7 @@ fn enrols_and_says_what_was_there() {
         enrolled.xml
     );
     let domain = DomainXml::parse(&enrolled.xml).unwrap();
-    assert!(domain.backing.is_shared_file());
+    assert!(crate::libvirt::enrolment::memory(&domain) == "shared file");
     let trace = domain.trace.unwrap();
     assert_eq!(trace.problems, [""; 0]);
     assert!(trace.same_options(&options()));
@@ -210,10 +210,45 @@ fn what_someone_changed_in_between_stays() {
 }
 
 #[test]
+fn huge_pages_and_memfds_stay_what_they_are_and_become_shared() {
+    for (backing, after, is) in [
+        (
+            "<hugepages/>",
+            "<access mode='shared'/><hugepages/>",
+            "huge pages",
+        ),
+        (
+            "<hugepages/><access mode='private'/>",
+            "<hugepages/><access mode='shared'/>",
+            "huge pages",
+        ),
+        (
+            "<source type='memfd'/>",
+            "<access mode='shared'/><source type='memfd'/>",
+            "memfd",
+        ),
+        (
+            "<source type='memfd'/><access mode='shared'/>",
+            "<source type='memfd'/><access mode='shared'/>",
+            "memfd",
+        ),
+    ] {
+        let with = |backing: &str| {
+            let outer = format!("  <memoryBacking>{backing}</memoryBacking>\n  <vcpu");
+            PLAIN.replace("  <vcpu", &outer)
+        };
+        let enrolled = enroll(&with(backing), &options()).unwrap();
+        assert!(enrolled.xml.contains(after), "{}", enrolled.xml);
+        assert_eq!(enrolled.memory_changed, backing != after);
+        let domain = DomainXml::parse(&enrolled.xml).unwrap();
+        assert_eq!(crate::libvirt::enrolment::memory(&domain), is);
+        assert_eq!(unenroll(&enrolled.xml).unwrap().unwrap(), with(backing));
+    }
+}
+
+#[test]
 fn refuses_memory_that_cannot_be_a_shared_file() {
     for (backing, names) in [
-        ("<hugepages/>", "huge pages"),
-        ("<source type='memfd'/><access mode='shared'/>", "memfd"),
         ("<source type='tape'/>", "tape"),
         ("<source/>", "without type"),
         ("<access mode='odd'/>", "odd"),
@@ -492,7 +527,7 @@ proptest! {
         let enrolled = enroll(&xml, &wanted).unwrap();
         prop_assert!(enrolled.changed);
         let domain = DomainXml::parse(&enrolled.xml).unwrap();
-        prop_assert!(domain.backing.is_shared_file());
+        prop_assert!(crate::libvirt::enrolment::memory(&domain) == "shared file");
         let trace = domain.trace.unwrap();
         prop_assert!(trace.problems.is_empty(), "{:?}", trace.problems);
         prop_assert!(trace.same_options(&wanted));
@@ -523,7 +558,7 @@ proptest! {
             // What can still be enrolled is a domain with shared memory then.
             if let Ok(enrolled) = enroll(text, &options()) {
                 let domain = DomainXml::parse(&enrolled.xml).unwrap();
-                prop_assert!(domain.backing.is_shared_file() && domain.trace.is_some());
+                prop_assert!(crate::libvirt::enrolment::memory(&domain) == "shared file" && domain.trace.is_some());
             }
             let _ = unenroll(text);
         }
