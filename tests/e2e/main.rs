@@ -5,6 +5,7 @@
 //! had, the tests fail. They need root; `make test` runs them.
 
 mod attack;
+mod backings;
 mod boot;
 mod doctor;
 mod edges;

@@ -69,7 +69,7 @@ pub(crate) fn script(name: &str) -> PathBuf {
 }
 
 /// Runs a script whose answer is a path, the only line of its output.
-fn run_script(name: &str, arguments: &[&Path]) -> Result<PathBuf> {
+pub(crate) fn run_script(name: &str, arguments: &[&Path]) -> Result<PathBuf> {
     let path = script(name);
     let output = Command::new(&path)
         .args(arguments)

@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{bail, Result};
 
 /// tests/lab/qemu, as tests/lab/libvirtd installs it.
-const EMULATOR: &str = "/var/cache/libvirt/lab-qemu";
+pub(crate) const EMULATOR: &str = "/var/cache/libvirt/lab-qemu";
 
 /// How a domain's memory is backed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -18,6 +18,11 @@ pub enum Backing {
     Private,
     /// A memfd, shared.
     Memfd,
+    /// Huge pages, shared. The machine must have some: [`crate::HugePages`].
+    Huge,
+    /// The same with the QEMU of tests/lab/qemu-build, which leaves the file
+    /// in its directory.
+    HugeRetained,
 }
 
 /// The kernel that a domain boots where it names none.
@@ -86,6 +91,7 @@ impl Domain {
             Backing::File => "<source type='file'/><access mode='shared'/>",
             Backing::Private => "<source type='file'/><access mode='private'/>",
             Backing::Memfd => "<source type='memfd'/><access mode='shared'/>",
+            Backing::Huge | Backing::HugeRetained => "<hugepages/><access mode='shared'/>",
         };
         let backing = match backing {
             "" => String::new(),
@@ -113,7 +119,7 @@ impl Domain {
   <on_reboot>restart</on_reboot>
   <on_crash>destroy</on_crash>
   <devices>
-    <emulator>{EMULATOR}</emulator>
+    <emulator>{emulator}</emulator>
     <controller type='usb' model='none'/>
     <serial type='file'><source path='{console}'/><target port='0'/></serial>
     <serial type='unix'><source mode='bind' path='{agent}'/><target port='1'/></serial>
@@ -122,6 +128,7 @@ impl Domain {
 </domain>
 ",
             name = escape(&self.name),
+            emulator = escape(places.emulator),
             memory = self.memory,
             vcpus = self.vcpus,
             machine = escape(&self.machine),
@@ -162,6 +169,7 @@ impl Domain {
 
 /// The files a domain's XML names.
 pub(crate) struct Places<'a> {
+    pub(crate) emulator: &'a str,
     pub(crate) kernel: &'a Path,
     pub(crate) initrd: &'a Path,
     pub(crate) console: &'a Path,

@@ -15,8 +15,8 @@ use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
 
 use crate::agent::Agent;
-use crate::artifacts::{script, Artifacts};
-use crate::domain::{Domain, Places};
+use crate::artifacts::{run_script, script, Artifacts};
+use crate::domain::{Backing, Domain, Places, EMULATOR};
 use crate::guest::Guest;
 use crate::wait_for;
 
@@ -360,7 +360,17 @@ impl Lab {
         copy(&artifacts.bzimage, &kernel)?;
         copy(&artifacts.initramfs, &initrd)?;
         let guest = Guest::new(self, &domain.name);
+        let emulator = match domain.backing {
+            Backing::HugeRetained => {
+                let built = run_script("qemu-build", &[])?;
+                // The cache's part for libvirt is /var/cache/libvirt in the lab.
+                let name = built.file_name().unwrap_or_default().to_string_lossy();
+                format!("/var/cache/libvirt/{name}/qemu-retain")
+            }
+            _ => EMULATOR.to_owned(),
+        };
         let xml = domain.xml(&Places {
+            emulator: &emulator,
             kernel: &kernel,
             initrd: &initrd,
             console: &guest.console_path(),

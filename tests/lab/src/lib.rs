@@ -19,6 +19,7 @@ mod agent;
 mod artifacts;
 mod domain;
 mod guest;
+mod hugepages;
 mod lab;
 
 use std::time::{Duration, Instant};
@@ -29,6 +30,7 @@ pub use agent::{Job, Output};
 pub use artifacts::Artifacts;
 pub use domain::{Backing, Domain, KERNEL};
 pub use guest::Guest;
+pub use hugepages::HugePages;
 pub use lab::{Lab, Options};
 
 /// Asks until there is an answer.
