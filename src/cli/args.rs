@@ -154,10 +154,13 @@ pub struct DomainOption {
 /// metadata. Everything else in the XML stays as it is, byte for byte, and
 /// 'xftrace unenroll' puts back what was there before.
 ///
-/// A running domain must be shut down and started again for its memory to
-/// become a file (a reboot from inside the guest is not enough); xftrace says
-/// so where it is needed and never does it itself. Enrolling again changes the
-/// options.
+/// Huge pages and a memfd stay what they are, and become shared.
+///
+/// A running domain can be traced at once, through the QEMU process, also where
+/// its memory is no file yet; a file is quicker and needs fewer rights. For
+/// its memory to become one it must be shut down and started again (a reboot
+/// from inside the guest is not enough); xftrace says so and never does it
+/// itself. Enrolling again changes the options.
 #[derive(Debug, Clone, Args)]
 #[command(after_long_help = "\
 Examples:

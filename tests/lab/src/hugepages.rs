@@ -1,16 +1,20 @@
 //! Huge pages for a guest, and the machine as it was afterwards.
 
 use std::fs;
+use std::sync::{Mutex, PoisonError};
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{bail, Context, Result};
 
 /// How many there are of the default size, hugetlbpage.rst.
 const POOL: &str = "/proc/sys/vm/nr_hugepages";
 
-/// More huge pages than the machine had, until dropped.
+/// Held while the number is read and written: tests run side by side.
+static CHANGING: Mutex<()> = Mutex::new(());
+
+/// So many huge pages more than the machine has otherwise, until dropped.
 #[derive(Debug)]
 pub struct HugePages {
-    before: u64,
+    more: u64,
 }
 
 impl HugePages {
@@ -20,22 +24,29 @@ impl HugePages {
     /// # Errors
     /// Where it does not, for want of memory in one piece.
     pub fn for_guest(memory: u64) -> Result<HugePages> {
-        let pool = HugePages { before: read()? };
-        let wanted = pool.before + memory / 2;
+        let _guard = CHANGING.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = read()?;
+        let pool = HugePages { more: memory / 2 };
+        let wanted = before + pool.more;
         fs::write(POOL, wanted.to_string()).with_context(|| format!("cannot write {POOL}"))?;
         let have = read()?;
-        ensure!(
-            have >= wanted,
-            "the kernel has {have} huge pages and not {wanted}"
-        );
+        if have < wanted {
+            // Dropped without this, it would take away what it did not get.
+            std::mem::forget(pool);
+            fs::write(POOL, before.to_string())?;
+            bail!("the kernel has {have} huge pages and not {wanted}");
+        }
         Ok(pool)
     }
 }
 
 impl Drop for HugePages {
     fn drop(&mut self) {
-        if let Err(error) = fs::write(POOL, self.before.to_string()) {
-            eprintln!("lab: cannot write {POOL}: {error}");
+        let _guard = CHANGING.lock().unwrap_or_else(PoisonError::into_inner);
+        let less = read().map(|now| now.saturating_sub(self.more).to_string());
+        let done = less.and_then(|less| Ok(fs::write(POOL, less)?));
+        if let Err(error) = done {
+            eprintln!("lab: cannot write {POOL}: {error:#}");
         }
     }
 }
