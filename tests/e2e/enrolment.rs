@@ -168,13 +168,17 @@ fn the_doctor_knows_every_kind_of_memory() {
             &[
                 "ok       memory ram-node0 is ",
                 "ok       memory ram-node1 is ",
+                "ok       memory memdimm0 is ",
             ],
         ),
         (
             "memory anonymous",
             String::new(),
             "",
-            &["missing  a restart: as it runs, its memory is not file-backed"],
+            &[
+                "ok       memory pc.ram is anonymous memory of QEMU process ",
+                "as it runs, its memory is anonymous",
+            ],
         ),
         (
             "memory private",
@@ -186,7 +190,7 @@ fn the_doctor_knows_every_kind_of_memory() {
             "memory memfd",
             memfd.to_owned(),
             "",
-            &["its memory is a memfd"],
+            &["ok       memory pc.ram is /memfd:memory-backend-memfd (deleted)"],
         ),
     ];
     for (name, more, devices, says) in cases {
@@ -234,7 +238,8 @@ fn a_memory_file_that_goes_away_under_the_domain_is_told() {
 
 #[test]
 fn commands_refuse_domains_that_cannot_be_traced() {
-    let refused = bare("refused", "", "");
+    let private = "<memoryBacking><source type='file'/><access mode='private'/></memoryBacking>";
+    let refused = bare("refused", private, "");
     let on = || {
         let output = refused.run(&["on", "-d", "refused", "sys_read"]);
         assert_eq!(output.status.code(), Some(2));
@@ -257,12 +262,12 @@ fn commands_refuse_domains_that_cannot_be_traced() {
 
     let metadata = "<metadata><x:trace xmlns:x='urn:xftrace:domain:1.0'/></metadata>";
     for (name, backing, why) in [
-        ("enrolled anonymous", "", "not file-backed"),
         (
-            "enrolled private",
-            "<memoryBacking><source type='file'/><access mode='private'/></memoryBacking>",
-            "private",
+            "enrolled memfd",
+            "<memoryBacking><source type='memfd'/><access mode='private'/></memoryBacking>",
+            "memfd is private",
         ),
+        ("enrolled private", private, "file is private"),
     ] {
         let domain = bare(name, &format!("{metadata}{backing}"), "");
         domain.start_only().unwrap();
