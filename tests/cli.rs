@@ -211,8 +211,8 @@ fn lists_the_domains() {
 DOMAIN   STATE     ENROLLED   MEMORY          HELPER
 fd       running   no         memfd           -
 huge     running   no         not traceable   -
-plain    running   no         anonymous       -
 own      running   no         not traceable   -
+plain    running   no         anonymous       -
 web-1    running   by name    shared file     -
 ",
         );

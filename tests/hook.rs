@@ -107,6 +107,7 @@ fn domain(id: &str, backing: &str, attributes: &str) -> String {
 }
 
 const SHARED: &str = "<source type='file'/><access mode='shared'/>";
+const PRIVATE: &str = "<source type='file'/><access mode='private'/>";
 
 #[test]
 fn whatever_it_reads_the_domain_may_start() {
@@ -198,7 +199,7 @@ fn a_running_domain_is_handed_to_a_helper_and_forgotten_when_it_ends() {
 #[test]
 fn only_a_required_trace_refuses_and_only_a_start() {
     let hook = Hook::new();
-    let required = domain("id='7'", "<locked/>", "required='yes'");
+    let required = domain("id='7'", PRIVATE, "required='yes'");
     for operation in OPERATIONS {
         let output = hook.hook(operation, required.as_bytes());
         let refused = matches!(operation, "prepare" | "start");
@@ -242,7 +243,7 @@ fn it_does_not_wait_for_an_xml_that_never_ends() {
 fn the_script_refuses_only_what_the_hook_refuses() {
     let hook = Hook::new();
     let arguments = ["web1", "prepare", "begin", "-"];
-    let required = domain("", "<locked/>", "required='yes'");
+    let required = domain("", PRIVATE, "required='yes'");
     let code = |script: &Path, xml: &str| {
         let (output, _) = hook.run(script, &arguments, xml.as_bytes());
         assert_eq!(output.stdout, b"");
@@ -250,7 +251,7 @@ fn the_script_refuses_only_what_the_hook_refuses() {
     };
     let real = hook.script(assert_cmd::cargo::cargo_bin!("xftrace"));
     assert_eq!(code(&real, &required), Some(1));
-    assert_eq!(code(&real, &domain("", "<locked/>", "")), Some(0));
+    assert_eq!(code(&real, &domain("", PRIVATE, "")), Some(0));
     assert_eq!(
         code(&hook.script(Path::new("/no/such/xftrace")), &required),
         Some(0)

@@ -14,6 +14,10 @@ use uuid::Uuid;
 
 use crate::config::{parse_function, parse_interval, ByteSize, DEFAULT_CONFIG_PATH};
 
+mod image;
+
+pub use image::{ImageOption, MachineName};
+
 /// Record which kernel functions a Linux guest calls, from its host, while it runs
 ///
 /// xftrace reads the trace straight out of the guest's memory, which libvirt
@@ -313,15 +317,20 @@ pub struct OffArgs {
 Examples:
   xftrace status
   xftrace status -d web1
+  xftrace status --memory web1.elf
   xftrace status --json | jq '.[].trace.counters.lost'")]
 pub struct StatusArgs {
     /// The domain: a name, id or UUID [default: all that have a helper]
-    #[arg(short, long, value_name = "DOMAIN", value_parser = domain_text)]
+    #[arg(short, long, value_name = "DOMAIN", value_parser = domain_text, conflicts_with = "memory")]
     pub domain: Option<String>,
 
     /// Print JSON
-    #[arg(long)]
+    #[arg(long, conflicts_with = "memory")]
     pub json: bool,
+
+    /// An image in place of a domain.
+    #[command(flatten)]
+    pub image: ImageOption,
 }
 
 /// List the domains and which of them can be traced
@@ -343,15 +352,18 @@ pub struct ListArgs {
 ///
 /// A session can be decoded again at any time, on any machine that has its
 /// directory; neither the domain nor libvirt is needed.
-/// With -d, the newest session of that domain.
+/// With -d, the newest session of that domain. With --memory, what lies in the
+/// ring buffers of a saved image; where its kernel has the patch, under the
+/// keys of --klog.
 #[derive(Debug, Clone, Args)]
 #[command(
-    group = ArgGroup::new("source").args(["session", "domain"]).required(true),
+    group = ArgGroup::new("source").args(["session", "domain", "memory"]).required(true),
     after_long_help = "\
 Examples:
   xftrace report /var/log/libvirt/qemu/web1.xftrace/20261123T093000Z
   xftrace report -d web1 --format json -o web1.json
-  xftrace report -d web1 --format folded | flamegraph.pl > web1.svg")]
+  xftrace report -d web1 --format folded | flamegraph.pl > web1.svg
+  xftrace report --memory web1.elf --klog SESSION/klog")]
 pub struct ReportArgs {
     /// The directory of a session
     #[arg(value_name = "SESSION", value_hint = ValueHint::DirPath)]
@@ -360,6 +372,15 @@ pub struct ReportArgs {
     /// The domain whose newest session to decode: a name, id or UUID
     #[arg(short, long, value_name = "DOMAIN", value_parser = domain_text)]
     pub domain: Option<String>,
+
+    /// An image in place of a session.
+    #[command(flatten)]
+    pub image: ImageOption,
+
+    /// The keys of the image's records: the klog of the session that was open;
+    /// none in mode plain
+    #[arg(long, value_name = "FILE", requires = "memory", value_hint = ValueHint::FilePath)]
+    pub klog: Option<PathBuf>,
 
     /// What to write
     #[arg(long, value_enum, value_name = "FORMAT", default_value_t = Format::Text)]

@@ -21,6 +21,7 @@ mod enroll;
 mod follow;
 mod helper;
 mod hook;
+mod image;
 mod list;
 mod logging;
 mod off;

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 
+use super::image::Image;
 use super::out::Stdout;
 use super::{Context, Exit};
 use crate::cli::args::{Clock, Format, ReportArgs};
@@ -16,13 +17,20 @@ use crate::session::{self, Session};
 
 /// Runs the command.
 pub(super) fn run(context: &Context, args: &ReportArgs) -> anyhow::Result<Exit> {
-    let dir = match (&args.session, &args.domain) {
-        (Some(dir), _) => dir.clone(),
-        (None, Some(domain)) => newest(context, &context.config()?, domain)?,
-        // clap wants one of the two.
-        (None, None) => anyhow::bail!("name a session's directory, or a domain with -d"),
+    // An image's session is gone with this.
+    let mut _keep = None;
+    let session = match (&args.session, &args.domain, &args.image.memory) {
+        (Some(dir), ..) => Session::open(dir)?,
+        (None, Some(domain), _) => Session::open(&newest(context, &context.config()?, domain)?)?,
+        (None, None, Some(memory)) => {
+            let image = Image::open(&context.config()?, &args.image, memory)?;
+            let (dir, session) = image.session(args.klog.as_deref())?;
+            _keep = Some(dir);
+            session
+        }
+        // clap wants one of the three.
+        (None, None, None) => anyhow::bail!("name a session's directory, or a domain with -d"),
     };
-    let session = Session::open(&dir)?;
     let format = match args.format {
         Format::Text => output::Format::Text(match args.clock {
             Clock::Host => TimeColumn::Wall,

@@ -1,17 +1,25 @@
 //! `xftrace status`.
 
 use std::io::Write;
+use std::path::Path;
 use std::time::Duration;
 
+use super::image::Image;
 use super::out::Stdout;
 use super::{client, target, Context, Exit};
 use crate::cli::args::StatusArgs;
 use crate::helper::protocol::{GuestStatus, Reply, Request, Status};
 use crate::libvirt::run_dir::RunDir;
+use crate::ram::GuestRam;
 
 /// Runs the command.
 pub(super) fn run(context: &Context, args: &StatusArgs) -> anyhow::Result<Exit> {
     let config = context.config()?;
+    if let Some(memory) = &args.image.memory {
+        let image = Image::open(&config, &args.image, memory)?;
+        print_image(&mut Stdout::new(), memory, &image)?;
+        return Ok(Exit::Done);
+    }
     let domains = match &args.domain {
         Some(domain) => vec![target::running(context, &config, Some(domain))?],
         None => RunDir::at(&config.paths.run).domains(),
@@ -50,6 +58,31 @@ pub(super) fn run(context: &Context, args: &StatusArgs) -> anyhow::Result<Exit> 
         }
     }
     Ok(Exit::Done)
+}
+
+fn print_image(out: &mut impl Write, path: &Path, image: &Image) -> std::io::Result<()> {
+    let kernel = &image.kernel;
+    let banner = kernel.banner.trim_end().escape_debug();
+    writeln!(out, "image      {}", path.display())?;
+    writeln!(out, "  memory   {} bytes", image.ram.layout().total())?;
+    writeln!(out, "  kernel   {banner}")?;
+    writeln!(
+        out,
+        "           at {}, slide {:#x}, {}-level paging",
+        kernel.phys_text, kernel.slide, kernel.levels
+    )?;
+    if image.others > 0 {
+        writeln!(
+            out,
+            "           and {} more that ran before it, or after",
+            image.others
+        )?;
+    }
+    writeln!(out, "  symbols  {}", image.symbols_path.display())?;
+    if let Some(mode) = image.mode() {
+        writeln!(out, "  mode     {mode}")?;
+    }
+    writeln!(out, "  switch   {}", image.switch())
 }
 
 fn print(out: &mut impl Write, status: &Status) -> std::io::Result<()> {

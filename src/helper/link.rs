@@ -14,7 +14,7 @@ use crate::session::Mode;
 
 /// Why a kernel that was found cannot be worked with.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum LinkError {
+pub(crate) enum LinkError {
     #[error(transparent)]
     Control(#[from] ControlError),
     #[error(transparent)]
@@ -23,7 +23,7 @@ pub(super) enum LinkError {
 
 impl LinkError {
     /// The memory layer's own failure, which is no verdict about the kernel.
-    pub(super) fn into_ram(self) -> Result<RamError, Self> {
+    pub(crate) fn into_ram(self) -> Result<RamError, Self> {
         match self {
             Self::Control(ControlError::Ram(error)) | Self::Stock(StockError::Ram(error)) => {
                 Ok(error)
@@ -35,23 +35,23 @@ impl LinkError {
 
 /// The seam between the modes.
 #[derive(Clone, Debug)]
-pub(super) enum Link {
+pub(crate) enum Link {
     Keyed(Control),
     Plain(Box<Stock>),
 }
 
 /// One look at a kernel's heart.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Pulse {
+pub(crate) struct Pulse {
     /// Moves while the kernel lives.
-    pub(super) beats: u64,
+    pub(crate) beats: u64,
     /// What else a kernel with the patch tells.
-    pub(super) heartbeat: Option<Heartbeat>,
+    pub(crate) heartbeat: Option<Heartbeat>,
 }
 
 impl Link {
     /// Meets a kernel that was found.
-    pub(super) fn attach(
+    pub(crate) fn attach(
         ram: &dyn GuestRam,
         kernel: &Kernel,
         symbols: &Symbols,
@@ -62,7 +62,7 @@ impl Link {
         Ok(Self::Plain(Box::new(Stock::attach(ram, kernel, symbols)?)))
     }
 
-    pub(super) fn mode(&self) -> Mode {
+    pub(crate) fn mode(&self) -> Mode {
         match self {
             Self::Keyed(_) => Mode::Keyed,
             Self::Plain(_) => Mode::Plain,
@@ -70,14 +70,14 @@ impl Link {
     }
 
     /// Where it is: tells two kernels in the same memory apart.
-    pub(super) fn place(&self) -> Gpa {
+    pub(crate) fn place(&self) -> Gpa {
         match self {
             Self::Keyed(control) => control.keys(),
             Self::Plain(stock) => stock.place(),
         }
     }
 
-    pub(super) fn boot_id(&self) -> u64 {
+    pub(crate) fn boot_id(&self) -> u64 {
         match self {
             Self::Keyed(control) => control.ident.boot_id,
             Self::Plain(stock) => stock.boot_id,
@@ -85,7 +85,7 @@ impl Link {
     }
 
     /// Whether guest memory still says that it is this boot.
-    pub(super) fn is_there(&self, ram: &dyn GuestRam) -> Result<bool, RamError> {
+    pub(crate) fn is_there(&self, ram: &dyn GuestRam) -> Result<bool, RamError> {
         let now = match self {
             Self::Keyed(control) => control.boot_id_now(ram)?,
             Self::Plain(stock) => stock.boot_id_now(ram)?,
@@ -93,7 +93,7 @@ impl Link {
         Ok(now == self.boot_id())
     }
 
-    pub(super) fn pulse(&self, ram: &dyn GuestRam) -> Result<Pulse, RamError> {
+    pub(crate) fn pulse(&self, ram: &dyn GuestRam) -> Result<Pulse, RamError> {
         match self {
             Self::Keyed(control) => {
                 let heartbeat = control.heartbeat(ram)?;
@@ -110,7 +110,7 @@ impl Link {
     }
 
     /// How its records look.
-    pub(super) fn format(&self) -> RecordFormat {
+    pub(crate) fn format(&self) -> RecordFormat {
         match self {
             Self::Keyed(control) => RecordFormat::Keyed(control.ident.types),
             Self::Plain(stock) => RecordFormat::Plain(stock.format),
@@ -119,7 +119,7 @@ impl Link {
 
     /// The ring buffer that its records go to; in plain mode with the trace
     /// array that it belongs to. `functions` are named where there is none.
-    pub(super) fn reader(
+    pub(crate) fn reader(
         &self,
         ram: &dyn GuestRam,
         kernel: &Kernel,
@@ -141,7 +141,7 @@ impl Link {
     }
 
     /// Why `functions`, by their full names, cannot be traced as things are.
-    pub(super) fn refuses(
+    pub(crate) fn refuses(
         &self,
         ram: &dyn GuestRam,
         symbols: &Symbols,

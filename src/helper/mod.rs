@@ -42,4 +42,6 @@ mod turn;
 mod watch;
 
 pub use attach::{attach, Attached};
+pub(crate) use link::{Link, LinkError};
 pub use run::{run, Options};
+pub(crate) use sources::{Fitting, Sources};

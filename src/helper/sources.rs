@@ -24,7 +24,7 @@ const EXPLAIN_EVERY: Duration = Duration::from_secs(1);
 
 /// The files and directories to look in, and what is known of each file.
 #[derive(Debug)]
-pub(super) struct Sources {
+pub(crate) struct Sources {
     places: Vec<PathBuf>,
     files: HashMap<PathBuf, Source>,
     /// When the guest is to be looked through again, and what was found.
@@ -53,15 +53,15 @@ struct Glance {
 
 /// What a look came to.
 #[derive(Debug)]
-pub(super) struct Fitting {
+pub(crate) struct Fitting {
     /// The kernels that may be the guest's.
-    pub(super) found: Vec<(PathBuf, Arc<Symbols>)>,
+    pub(crate) found: Vec<(PathBuf, Arc<Symbols>)>,
     /// Why there may be none.
-    pub(super) why: String,
+    pub(crate) why: String,
 }
 
 impl Sources {
-    pub(super) fn new(places: Vec<PathBuf>) -> Self {
+    pub(crate) fn new(places: Vec<PathBuf>) -> Self {
         Self {
             places,
             files: HashMap::new(),
@@ -70,7 +70,7 @@ impl Sources {
     }
 
     /// The kernels whose banner lies in guest memory where it should.
-    pub(super) fn fitting(&mut self, ram: &dyn GuestRam) -> Result<Fitting, RamError> {
+    pub(crate) fn fitting(&mut self, ram: &dyn GuestRam) -> Result<Fitting, RamError> {
         let paths = self.paths();
         self.files.retain(|path, _| paths.contains(path));
         let mut found = Vec::new();

@@ -12,7 +12,8 @@
 //! `memcpy` (`access_remote_vm`, mm/memory.c), which on processors with ERMS
 //! is `rep movsb`, and that is promised to be whole for single bytes only. So:
 //!
-//! * A word is read until two copies in a row agree.
+//! * A word is read until two copies in a row agree; where it is what it was
+//!   when it was read before, as most are, that one copy is enough.
 //! * A word is written by its one byte that changes, where it is one. A key's
 //!   epoch counts up by one, so that is so 255 times of 256. Where more bytes
 //!   change, the word is copied at once, and a CPU that looks in that very
@@ -49,6 +50,7 @@ use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use nix::libc;
 
@@ -57,6 +59,9 @@ use super::{Access, Gpa, GuestRam, Layout, RamError, PAGE_SIZE};
 /// How often a word is read until two copies agree. One that differs each
 /// time is being written all the time: then any of its values is as good.
 const READS: usize = 4;
+
+/// How many words are remembered, a power of two.
+const REMEMBERED: usize = 1 << 16;
 
 /// `/proc/PID/pagemap`, Documentation/admin-guide/mm/pagemap.rst: a page is
 /// present or swapped out; otherwise nothing was ever there.
@@ -76,6 +81,30 @@ pub struct ProcessRam {
     path: PathBuf,
     writable: bool,
     lost: AtomicBool,
+    before: Mutex<Words>,
+}
+
+/// Words as they were read last: address and size, and value. What comes to
+/// lie in the same slot as another takes its place.
+#[derive(Debug)]
+struct Words(Vec<(u64, u64)>);
+
+impl Words {
+    /// Notes the value of a word, and says whether it had that before.
+    fn same(&mut self, address: u64, bytes: &[u8]) -> bool {
+        // An address is a multiple of the size, so that these differ.
+        let key = address | bytes.len() as u64 >> 3;
+        let value = bytes
+            .iter()
+            .rev()
+            .fold(0, |word, &b| word << 8 | u64::from(b));
+        // Fibonacci hashing: words at the same place of many pages spread.
+        let slot = (key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48) as usize % REMEMBERED;
+        let now = (key, value);
+        self.0
+            .get_mut(slot)
+            .is_some_and(|slot| std::mem::replace(slot, now) == now)
+    }
 }
 
 impl ProcessRam {
@@ -124,6 +153,7 @@ impl ProcessRam {
             path: dir.join("mem"),
             writable: access == Access::ReadWrite,
             lost: AtomicBool::new(false),
+            before: Mutex::new(Words(vec![(0, 0); REMEMBERED])),
             layout,
             starts,
         })
@@ -154,11 +184,12 @@ impl ProcessRam {
         let mut word = [0; N];
         self.copy(address, &mut word);
         for _ in 1..READS {
-            let before = word;
-            self.copy(address, &mut word);
-            if word == before {
+            let mut before = self.before.lock().unwrap_or_else(PoisonError::into_inner);
+            if before.same(address, &word) {
                 break;
             }
+            drop(before);
+            self.copy(address, &mut word);
         }
         Ok((address, word))
     }

@@ -69,11 +69,18 @@ fn trace(domain: &Domain) -> (String, String, TestGuest) {
         event.expect("an event");
     }
     let tally = flow.tally();
+    let counters = session.meta.counters;
     let roots = ["__x64_sys_read", "__x64_sys_openat"].map(|root| tally.roots_of(root, Some(pid)));
     // One more open: the program makes its file first.
-    assert_eq!(roots, [LOOPS, LOOPS + 1], "{:?}", domain.backing);
+    let findings = fs::read_to_string(sessions[0].join("findings.jsonl"));
+    assert_eq!(
+        roots,
+        [LOOPS, LOOPS + 1],
+        "{:?}: {counters:?}, {findings:?}",
+        domain.backing
+    );
     assert_eq!((tally.forged.total(), tally.lost_places.total()), (0, 0));
-    assert_eq!(session.meta.counters.tampered, 0);
+    assert_eq!(counters.tampered, 0);
     (enrolled, status, guest)
 }
 

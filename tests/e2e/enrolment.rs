@@ -5,6 +5,10 @@ use std::process::Output;
 
 use crate::lab::TestGuest;
 
+/// Memory that cannot be traced.
+const PRIVATE: &str =
+    "<memoryBacking><source type='file'/><access mode='private'/></memoryBacking>";
+
 /// Such a domain, defined. `more` goes in after its memory, `devices` to its
 /// devices.
 fn bare(name: &str, more: &str, devices: &str) -> TestGuest {
@@ -117,7 +121,7 @@ fn a_required_trace_that_cannot_be_keeps_the_domain_from_starting() {
     let with = |name: &str, required: &str| {
         let metadata = format!(
             "<metadata><x:trace xmlns:x='urn:xftrace:domain:1.0' required='{required}'/>\
-             </metadata>"
+             </metadata>{PRIVATE}"
         );
         bare(name, &metadata, "")
     };
@@ -134,13 +138,13 @@ fn a_required_trace_that_cannot_be_keeps_the_domain_from_starting() {
 
 #[test]
 fn a_domain_that_is_enrolled_by_its_name_and_cannot_be_traced_is_told() {
-    let domain = bare("by-name-anon", "", "");
+    let domain = bare("by-name-private", PRIVATE, "");
     domain.start_only().unwrap();
     let log = domain.log();
-    let says = "domain 'by-name-anon' cannot be traced, though auto_enroll";
+    let says = "domain 'by-name-private' cannot be traced, though auto_enroll";
     assert!(log.contains(says), "{log}");
     assert!(
-        !log.contains("domain 'by-name-anon': helper started"),
+        !log.contains("domain 'by-name-private': helper started"),
         "{log}"
     );
 }
@@ -152,7 +156,6 @@ fn the_doctor_knows_every_kind_of_memory() {
                 <cell id='1' cpus='1' memory='32' unit='MiB'/></numa></cpu>";
     let dimm = "<memory model='dimm'><target><size unit='MiB'>128</size><node>0</node></target>\
                 </memory>";
-    let private = "<memoryBacking><source type='file'/><access mode='private'/></memoryBacking>";
     let memfd = "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>";
     let cases: [(&str, String, &str, &[&str]); 5] = [
         (
@@ -182,7 +185,7 @@ fn the_doctor_knows_every_kind_of_memory() {
         ),
         (
             "memory private",
-            private.to_owned(),
+            PRIVATE.to_owned(),
             "",
             &["its memory file is private (access mode='private')"],
         ),
@@ -238,8 +241,7 @@ fn a_memory_file_that_goes_away_under_the_domain_is_told() {
 
 #[test]
 fn commands_refuse_domains_that_cannot_be_traced() {
-    let private = "<memoryBacking><source type='file'/><access mode='private'/></memoryBacking>";
-    let refused = bare("refused", private, "");
+    let refused = bare("refused", PRIVATE, "");
     let on = || {
         let output = refused.run(&["on", "-d", "refused", "sys_read"]);
         assert_eq!(output.status.code(), Some(2));
@@ -267,7 +269,7 @@ fn commands_refuse_domains_that_cannot_be_traced() {
             "<memoryBacking><source type='memfd'/><access mode='private'/></memoryBacking>",
             "memfd is private",
         ),
-        ("enrolled private", private, "file is private"),
+        ("enrolled private", PRIVATE, "file is private"),
     ] {
         let domain = bare(name, &format!("{metadata}{backing}"), "");
         domain.start_only().unwrap();

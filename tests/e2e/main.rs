@@ -12,6 +12,7 @@ mod edges;
 mod enrolment;
 mod follow;
 mod hook;
+mod image;
 mod keys;
 mod lab;
 mod lifecycle;

@@ -325,7 +325,7 @@ impl<'a> Scan<'a> {
             (None, _, "cpu") => name == "numa",
             (None, _, "devices") => name == "memory",
             (Some(ROOT), "cpu", "numa") => name == "cell",
-            (Some(ROOT), "devices", "memory") => name == "target",
+            (Some(ROOT), "devices", "memory") => matches!(name, "target" | "alias" | "address"),
             (Some(_), "memory", "target") => name == "size",
             _ => false,
         }

@@ -572,3 +572,18 @@ proptest! {
         let _ = unenroll(&text);
     }
 }
+
+#[test]
+fn a_running_domains_modules_say_where_they_are() {
+    let domain = DomainXml::parse(
+        "<domain id='1'><name>n</name><uuid>9a3f1c50-7f1e-4f0e-8f5e-0123456789ab</uuid>\
+         <memory>1</memory><devices><memory model='dimm'><target><size unit='KiB'>131072</size>\
+         <node>0</node></target><alias name='dimm0'/>\
+         <address type='dimm' slot='0' base='0x100000000'/></memory></devices></domain>",
+    );
+    let [module] = &domain.unwrap().modules[..] else {
+        panic!("one module")
+    };
+    assert_eq!((module.size, module.base), (128 << 20, Some(4 << 30)));
+    assert_eq!(module.alias.as_deref(), Some("dimm0"));
+}

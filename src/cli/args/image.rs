@@ -1,0 +1,37 @@
+//! What `status` and `report` take in place of a domain.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum, ValueHint};
+
+/// A saved image of a guest's memory, and what it takes to read it.
+#[derive(Debug, Clone, Args)]
+pub struct ImageOption {
+    /// A saved image of a guest's memory, in place of a domain
+    ///
+    /// An ELF file as `virsh dump --memory-only --format elf DOMAIN FILE`
+    /// writes it, or a raw copy of the memory.
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub memory: Option<PathBuf>,
+
+    /// The symbols of the image's kernel: a file that 'symbols add' takes
+    /// [default: those in the store that fit]
+    #[arg(long, value_name = "FILE", requires = "memory", value_hint = ValueHint::FilePath)]
+    pub symbols: Option<PathBuf>,
+
+    /// The machine of a raw image, which tells where RAM goes on above 4 GiB
+    ///
+    /// Without it, a guest physical address is an offset in the file: right
+    /// for less than 2 GiB of memory.
+    #[arg(long, value_enum, value_name = "MACHINE", requires = "memory")]
+    pub machine: Option<MachineName>,
+}
+
+/// A kind of machine, by the name of libvirt and QEMU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum MachineName {
+    /// i440FX
+    Pc,
+    /// Q35
+    Q35,
+}

@@ -1,0 +1,219 @@
+//! `--memory FILE`: what a saved image of a guest's memory holds.
+//!
+//! The image goes through the same code as a running guest: the kernel is
+//! found in it, and what lies in its ring buffers becomes a session, in a
+//! directory that is gone with the command. Nothing beats in an image, so of
+//! several kernels in it (a reboot may have left one behind) the most
+//! convincing is taken, and that is said.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{bail, Context as _};
+use tempfile::TempDir;
+use uuid::Uuid;
+
+use super::out;
+use crate::cli::args::{ImageOption, MachineName};
+use crate::config::Config;
+use crate::helper::{Fitting, Link, LinkError, Sources};
+use crate::kernel::{find_all, Kernel, Symbols};
+use crate::keys::Klog;
+use crate::ram::{Gpa, GuestRam, ImageRam, Layout, MachineKind};
+use crate::session::{
+    Boot, Counters, EndReason, Meta, Mode, QemuProcess, Session, SessionWriter, State, KLOG_FILE,
+};
+
+/// A saved image with a kernel in it.
+pub(super) struct Image {
+    pub(super) ram: ImageRam,
+    pub(super) kernel: Kernel,
+    /// How many others there are that pass every check.
+    pub(super) others: usize,
+    pub(super) symbols_path: PathBuf,
+    symbols: Arc<Symbols>,
+    link: Result<Link, LinkError>,
+    name: String,
+}
+
+impl Image {
+    /// Opens an image and finds its kernel.
+    pub(super) fn open(config: &Config, option: &ImageOption, path: &Path) -> anyhow::Result<Self> {
+        let ram = ImageRam::open(path, |size| match option.machine {
+            Some(MachineName::Pc) => Layout::pc(size, MachineKind::I440fx),
+            Some(MachineName::Q35) => Layout::pc(size, MachineKind::Q35),
+            None => Layout::flat(size),
+        })?;
+        let left_out = describe(ram.left_out());
+        if let Some(text) = &left_out {
+            out::message(&format!("warning: the image has holes: {text}"));
+        }
+        let place = option.symbols.as_ref().unwrap_or(&config.paths.symbols);
+        let Fitting { found, why } = Sources::new(vec![place.clone()]).fitting(&ram)?;
+        let mut why = anyhow::Error::msg(why);
+        for (symbols_path, symbols) in found {
+            match find_all(&ram, &symbols) {
+                Ok(mut kernels) => {
+                    // `find_all` gives one at least.
+                    let kernel = kernels.remove(0);
+                    return Ok(Self {
+                        link: Link::attach(&ram, &kernel, &symbols),
+                        others: kernels.len(),
+                        kernel,
+                        ram,
+                        symbols_path,
+                        symbols,
+                        name: path.file_name().map_or_else(String::new, |name| {
+                            name.to_string_lossy().escape_debug().to_string()
+                        }),
+                    });
+                }
+                Err(error) => why = anyhow::Error::new(error),
+            }
+        }
+        Err(match left_out {
+            Some(text) => why.context(format!(
+                "no kernel can be found, perhaps for the image's holes ({text}); save it anew \
+                 with `virsh dump --memory-only`"
+            )),
+            None => why,
+        })
+    }
+
+    /// What lies in the image's ring buffers, as a session; `klog` has the
+    /// keys, where the records are under any.
+    pub(super) fn session(&self, klog: Option<&Path>) -> anyhow::Result<(TempDir, Session)> {
+        let link = match &self.link {
+            Ok(link) => link,
+            Err(error) => bail!("{error}"),
+        };
+        let mode = link.mode();
+        match (mode, klog) {
+            (Mode::Keyed, None) => bail!(
+                "the records in the image are under keys: name the klog of the session that was \
+                 open then, with --klog FILE"
+            ),
+            (Mode::Plain, Some(_)) => bail!(
+                "the image's kernel is one without the xftrace patch, and its records are under \
+                 no keys: leave out --klog"
+            ),
+            (Mode::Keyed, Some(klog)) => {
+                Klog::read(klog)?;
+            }
+            (Mode::Plain, None) => {}
+        }
+        let (mut reader, _) = link.reader(&self.ram, &self.kernel, 0, &[])?;
+        let keep = tempfile::tempdir().context("cannot make a directory for the session")?;
+        let dir = keep.path().join("session");
+        let meta = Meta {
+            version: 1,
+            domain: self.name.clone(),
+            uuid: Uuid::nil(),
+            mode,
+            state: State::Closed,
+            qemu: QemuProcess {
+                pid: 0,
+                start_time: 0,
+            },
+            started_ns: 0,
+            ended_ns: None,
+            end: Some(EndReason::Off),
+            interval_ns: 0,
+            switches: Vec::new(),
+            boots: vec![Boot {
+                number: 1,
+                boot_id: link.boot_id(),
+                banner: self.kernel.banner.clone(),
+                slide: self.kernel.slide,
+                phys_text: self.kernel.phys_text.0,
+                levels: self.kernel.levels,
+                nr_cpus: reader.nr_cpus(),
+                types: link.format(),
+                found_ns: 0,
+                clocks: None,
+            }],
+            counters: Counters::default(),
+            guest_counts: None,
+        };
+        let mut writer = SessionWriter::create(&dir, meta, &self.symbols, self.kernel.slide)?;
+        if let Some(klog) = klog {
+            std::fs::copy(klog, dir.join(KLOG_FILE))
+                .with_context(|| format!("cannot copy {}", klog.display()))?;
+        }
+        let mut chunks = Vec::new();
+        let drained = reader.drain(&self.ram, &mut |chunk| chunks.push(chunk))?;
+        self.ram.check()?;
+        for chunk in &chunks {
+            writer.append(chunk)?;
+        }
+        writer.meta.counters.bytes = drained.bytes;
+        writer.meta.counters.torn_pages = drained.torn;
+        writer.meta.counters.damaged = drained.damaged;
+        writer.flush()?;
+        writer.save()?;
+        if drained.damaged > 0 {
+            out::message(&format!(
+                "warning: {} of the image's ring buffers cannot be followed",
+                drained.damaged
+            ));
+        }
+        if chunks.is_empty() {
+            out::message(&format!(
+                "the image's ring buffers are empty (its switch: {})",
+                self.switch()
+            ));
+        }
+        Ok((keep, Session::open(&dir)?))
+    }
+
+    /// What `xftrace status` says of how far the records can be trusted.
+    pub(super) fn mode(&self) -> Option<&'static str> {
+        self.link.as_ref().ok().map(|link| link.mode().text())
+    }
+
+    /// What `xftrace status` says of whether the kernel was recording.
+    pub(super) fn switch(&self) -> String {
+        let link = match &self.link {
+            Ok(link) => link,
+            Err(error) => return error.to_string(),
+        };
+        match link {
+            Link::Keyed(control) => match control.heartbeat(&self.ram) {
+                Ok(beat) => format!(
+                    "{:?}, boot id {:016x}, {} heartbeats",
+                    beat.state, control.ident.boot_id, beat.beats
+                ),
+                Err(error) => error.to_string(),
+            },
+            Link::Plain(stock) => {
+                let array = stock.tracing::<&str>(&self.ram, &[]);
+                let text = array.and_then(|array| {
+                    let on = array.recording(&self.ram)?;
+                    Ok(format!(
+                        "{}, {}, {} KiB for each CPU",
+                        array.tracer,
+                        if on { "recording" } else { "not recording" },
+                        array.kb
+                    ))
+                });
+                text.unwrap_or_else(|error| error.to_string())
+            }
+        }
+    }
+}
+
+/// The first holes of an image in words; None where it has none.
+fn describe(left_out: &[(Gpa, u64)]) -> Option<String> {
+    const SHOWN: usize = 4;
+    if left_out.is_empty() {
+        return None;
+    }
+    let shown = left_out.iter().take(SHOWN);
+    let mut parts: Vec<String> = shown
+        .map(|(gpa, len)| format!("{len} bytes from {gpa} on"))
+        .collect();
+    if left_out.len() > SHOWN {
+        parts.push(format!("and {} more", left_out.len() - SHOWN));
+    }
+    Some(parts.join(", "))
+}

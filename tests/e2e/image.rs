@@ -1,0 +1,176 @@
+//! A saved image of a guest's memory says what the guest itself would have said.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use predicates::prelude::*;
+use serde_json::Value;
+use xftrace::kernel::stock::command_line;
+use xftrace_lab::{wait_for, Backing, Domain};
+
+use crate::lab::TestGuest;
+use crate::traced::Traced;
+
+/// How many times the guest opens, reads and closes.
+const LOOPS: usize = 100;
+const LOOP_TIME: Duration = Duration::from_secs(120);
+const FUNCTIONS: [&str; 2] = ["__x64_sys_read", "__x64_sys_openat"];
+
+/// What a run of xftrace came to: exit status, output and messages.
+struct Said {
+    code: Option<i32>,
+    output: String,
+    messages: String,
+}
+
+fn xftrace(guest: &TestGuest, dir: &Path, arguments: &[&str]) -> Said {
+    let mut command = guest.xftrace(dir);
+    let output = command.args(arguments).output().expect("xftrace runs");
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    Said {
+        code: output.status.code(),
+        output: text(&output.stdout),
+        messages: text(&output.stderr),
+    }
+}
+
+/// Runs the loop in the guest, and gives its process id.
+fn run_loop(guest: &TestGuest) -> u64 {
+    let run = guest.run_for(&format!("rwloop {LOOPS}"), LOOP_TIME);
+    let output = run.unwrap().success().unwrap();
+    let pid = output.lines().find_map(|line| line.strip_prefix("pid "));
+    pid.expect("a pid").parse().expect("a number")
+}
+
+/// Saves the guest's memory, and removes it in the end.
+struct Dump(PathBuf);
+
+impl Dump {
+    fn of(guest: &TestGuest, name: &str) -> Self {
+        let file = guest.lab().dir().join(format!("{name}.elf"));
+        let path = file.to_str().expect("text");
+        let arguments = ["dump", "--memory-only", "--format", "elf", name, path];
+        guest.lab().virsh(&arguments).unwrap();
+        Self(file)
+    }
+
+    fn path(&self) -> &str {
+        self.0.to_str().expect("text")
+    }
+}
+
+impl Drop for Dump {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+/// The reads of a process that were traced, in a call flow as JSON lines.
+fn reads(json: &str, pid: u64) -> usize {
+    let begins = |line: &&str| {
+        let value: Value = serde_json::from_str(line).expect("JSON");
+        // Calls and leaves have an origin, nothing else does.
+        let root = value["depth"] == 0 && !value["origin"].is_null();
+        root && value["pid"] == pid && value["func"] == "__x64_sys_read"
+    };
+    json.lines().filter(begins).count()
+}
+
+/// The kernel is known again, and the calls that lie in its ring buffers are
+/// read with the keys of the session that was open.
+#[test]
+fn a_dump_is_read_as_the_guest_was() {
+    let traced = Traced::start_alone("dumped");
+    traced.on(&["sys_openat", "sys_read"]);
+    let pid = run_loop(&traced);
+    // Draining takes nothing out of the guest: its buffers hold all of it still.
+    let dump = Dump::of(&traced, "dumped");
+    let session = traced.off();
+    let klog = session.dir().join("klog");
+
+    let map = &traced.lab().artifacts(traced.kernel()).unwrap().system_map;
+    let image = ["--memory", dump.path(), "--symbols", map.to_str().unwrap()];
+    let run = |arguments: &[&str]| xftrace(&traced, traced.dir(), arguments);
+    let status = run(&[&["status"], &image[..]].concat());
+    assert_eq!(status.code, Some(0), "{}", status.messages);
+    let banner = session.meta.boots[0].banner.trim_end();
+    for part in [banner, "mode     keyed", "switch   On, boot id "] {
+        assert!(status.output.contains(part), "{}", status.output);
+    }
+
+    let report = [&["report", "--format", "json"], &image[..]].concat();
+    let keys = ["--klog", klog.to_str().unwrap()];
+    let flow = run(&[&report[..], &keys].concat());
+    assert_eq!(flow.code, Some(0), "{}", flow.messages);
+    assert_eq!(reads(&flow.output, pid), LOOPS, "{}", flow.messages);
+    assert!(!flow.output.contains("{\"type\":\"lost\""), "it wrapped");
+
+    let flow = run(&report);
+    assert_eq!(flow.code, Some(2));
+    assert!(flow.messages.contains("--klog"), "{}", flow.messages);
+
+    let short = Dump(dump.0.with_extension("short"));
+    fs::copy(&dump.0, &short.0).unwrap();
+    let file = fs::File::options().write(true).open(&short.0).unwrap();
+    file.set_len(100 << 20).unwrap();
+    let status = run(&["status", "--memory", short.path()]);
+    assert_eq!(status.code, Some(2));
+    assert!(status.messages.contains("cut short"), "{}", status.messages);
+}
+
+/// A kernel without the patch, in memory that no file stands for: it is
+/// switched on and off there, and a dump of it is read without keys.
+#[test]
+fn a_stock_kernel_in_anonymous_memory_is_traced_and_read_in_a_dump() {
+    let name = "plain-anon";
+    let guest = TestGuest::define_alone(&Domain {
+        kernel: "stock-6.1-cloud".to_owned(),
+        backing: Backing::Anon,
+        memory: 512,
+        append: command_line(&FUNCTIONS),
+        ..Domain::new(name)
+    });
+    let dir = tempfile::tempdir().expect("a directory");
+    let kernel = guest.lab().artifacts(guest.kernel()).unwrap().bzimage;
+    let symbols = ["--symbols", kernel.to_str().unwrap()];
+    let run = |arguments: &[&str]| xftrace(&guest, dir.path(), arguments);
+    let done = |arguments: &[&str]| {
+        let said = run(arguments);
+        assert_eq!(said.code, Some(0), "{arguments:?}: {}", said.messages);
+        said.output
+    };
+    let switch = || {
+        let state = guest.run("cat /sys/kernel/tracing/tracing_on").unwrap();
+        state.success().unwrap()
+    };
+    guest.start().unwrap();
+    done(&[&["enroll", name], &symbols[..]].concat());
+    wait_for(Duration::from_secs(120), || {
+        let status = run(&["status", "-d", name]).output;
+        let ready =
+            predicate::str::contains("mode     plain").and(predicate::str::contains("/mem\n"));
+        Ok(ready.eval(&status).then_some(()))
+    })
+    .unwrap();
+
+    done(&["on", "-d", name, "sys_read", "sys_openat"]);
+    assert_eq!(switch(), "1\n");
+    let pid = run_loop(&guest);
+    done(&["off", "-d", name]);
+    assert_eq!(switch(), "0\n");
+    let live = done(&["report", "-d", name, "--format", "json"]);
+    assert_eq!(reads(&live, pid), LOOPS);
+
+    let dump = Dump::of(&guest, name);
+    let image = [&["--memory", dump.path()], &symbols[..]].concat();
+    let status = done(&[&["status"], &image[..]].concat());
+    for part in ["mode     plain", "switch   function_graph, not recording, "] {
+        assert!(status.contains(part), "{status}");
+    }
+    let report = [&["report", "--format", "json"], &image[..]].concat();
+    assert_eq!(reads(&done(&report), pid), LOOPS);
+    let flow = run(&[&report[..], &["--klog", "klog"]].concat());
+    assert_eq!(flow.code, Some(2));
+    assert!(flow.messages.contains("leave out"), "{}", flow.messages);
+}
