@@ -14,6 +14,8 @@ mod support;
 use support::guest::Guest;
 
 const SIZE: u64 = 64 << 30;
+/// How long it may take; code that is not optimized may take longer.
+const LIMIT: Duration = Duration::from_millis(if cfg!(debug_assertions) { 400 } else { 100 });
 
 fn layout() -> Layout {
     Layout::pc(SIZE, MachineKind::Q35).expect("a layout")
@@ -60,7 +62,7 @@ fn the_kernel_of_a_large_file_is_found_without_filling_it() {
     let ram = FileRam::open(&path, Access::ReadWrite, layout()).expect("mapped");
     let took = find(&guest, &ram);
     assert_eq!(file.metadata().expect("its size").blocks(), before);
-    assert!(took < Duration::from_millis(100), "{took:?}");
+    assert!(took < LIMIT, "{took:?}");
 }
 
 #[test]
@@ -90,5 +92,5 @@ fn the_kernel_in_a_large_process_is_found_without_filling_it() {
     let before = resident();
     let took = find(&guest, &ram);
     assert!(resident() < before + (64 << 10), "holes were filled");
-    assert!(took < Duration::from_millis(100), "{took:?}");
+    assert!(took < LIMIT, "{took:?}");
 }

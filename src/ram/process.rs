@@ -228,15 +228,19 @@ impl ProcessRam {
         let last = end.div_ceil(PAGE_SIZE);
         // One page at first: most questions are about one that is there.
         let mut count = 1;
-        let mut entries = vec![0; ENTRIES * 8];
+        let mut entries = Vec::new();
         while page < last {
             let now = count.min(usize::try_from(last - page).unwrap_or(ENTRIES));
-            let part = &mut entries[..now * 8];
-            if fill(&self.pagemap, page * 8, part).is_err() {
+            entries.resize(now * 8, 0);
+            if fill(&self.pagemap, page * 8, &mut entries).is_err() {
                 // It cannot be told: everything may be there.
                 return Some(from.max(page * PAGE_SIZE));
             }
-            let populated = part.chunks_exact(8).position(|entry| {
+            // What was never touched has the same entry throughout, and to see
+            // that takes no loop over the entries: of 64 GiB there are many.
+            let alike = entries[8..] == entries[..entries.len() - 8];
+            let telling = if alike { &entries[..8] } else { &entries[..] };
+            let populated = telling.chunks_exact(8).position(|entry| {
                 entry
                     .try_into()
                     .is_ok_and(|entry| u64::from_ne_bytes(entry) & POPULATED != 0)
