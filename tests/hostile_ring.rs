@@ -170,6 +170,21 @@ fn a_ring_that_every_cpu_claims_is_read_once() {
     );
 }
 
+/// QEMU knows how many CPUs there can be.
+#[test]
+fn a_cpu_that_there_cannot_be_is_not_read() {
+    let guest = filled(ram(), 6);
+    guest
+        .ram
+        .poke(Gpa(BUFFERS + 0x108), &(DIRECT_MAP + PER_CPU).to_le_bytes());
+    guest.ram.poke(Gpa(BUFFERS + 0x100), &0u64.to_le_bytes());
+    let mut reader = RingReader::new(guest.kernel(), layout(), 8192, 0);
+    reader.limit_cpus(1);
+    assert_eq!(reader.nr_cpus(), 1);
+    let drained = round(&mut reader, &mut decoder(), &guest);
+    assert_eq!(drained, Some(Drained::default()));
+}
+
 /// More records than a round may hand out come with the next ones, all of
 /// them.
 #[test]

@@ -25,6 +25,8 @@ pub struct Attached {
     pub qemu: QemuProcess,
     /// Becomes readable when that process ends.
     pub pidfd: OwnedFd,
+    /// The most CPUs that the guest can have, whatever it claims.
+    pub max_cpus: u32,
 }
 
 /// Finds the QEMU process of a running domain and maps its memory.
@@ -74,6 +76,7 @@ pub fn attach(domain: &DomainXml, config: &Config) -> anyhow::Result<Attached> {
             start_time: backing.qemu.start_time,
         },
         pidfd: backing.qemu.pidfd,
+        max_cpus: backing.max_cpus.unwrap_or(u32::MAX),
     })
 }
 

@@ -218,6 +218,7 @@ fn engine(dir: &Path, config: &Config, ram: Arc<VecRam>) -> Engine {
             start_time: 1,
         },
         pidfd: OwnedFd::from(UnixStream::pair().expect("a pair").0),
+        max_cpus: 4,
     };
     Engine::new(domain, config, attached, Graphs::default())
 }

@@ -147,6 +147,7 @@ impl Trace {
                     guest
                         .link
                         .reader(&*trace.ram, &guest.kernel, 0, functions)?;
+                reader.limit_cpus(watch.max_cpus);
                 let chunks = trace.writer.last_chunks()?;
                 trace.keys.with_history(|history| {
                     for chunk in &chunks {
@@ -200,9 +201,10 @@ impl Trace {
             .heartbeat()
             .map_or(0, |beat| beat.clock.saturating_sub(CLOCKS_APART_NS));
         let functions = self.writer.meta.functions();
-        let (reader, array) = guest
+        let (mut reader, array) = guest
             .link
             .reader(&*self.ram, &guest.kernel, since, functions)?;
+        reader.limit_cpus(watch.max_cpus);
         let symbols = self
             .writer
             .store_symbols(&guest.symbols, guest.kernel.slide)?;

@@ -91,6 +91,8 @@ pub(super) enum Seen {
 #[derive(Debug)]
 pub(super) struct Watch {
     sources: Sources,
+    /// How many CPUs the guest can have, whatever its kernel claims.
+    pub(super) max_cpus: u32,
     pub(super) guest: Option<Guest>,
     pub(super) liveness: Arc<Liveness>,
     /// Why there is no kernel.
@@ -105,9 +107,11 @@ pub(super) struct Watch {
 
 impl Watch {
     /// With the files that symbols may be in, or directories of them.
-    pub(super) fn new(sources: Vec<PathBuf>) -> Self {
+    /// The guest has no more CPUs than `max_cpus`.
+    pub(super) fn new(sources: Vec<PathBuf>, max_cpus: u32) -> Self {
         Self {
             sources: Sources::new(sources),
+            max_cpus,
             guest: None,
             liveness: Arc::new(Liveness::new()),
             why: "not looked yet".to_owned(),

@@ -158,6 +158,12 @@ impl RingReader {
         self.cpus.len() as u32
     }
 
+    /// Reads the buffers of no more CPUs than that: QEMU knows how many there
+    /// can be, and a guest may claim any number.
+    pub fn limit_cpus(&mut self, most: u32) {
+        self.cpus.truncate(most as usize);
+    }
+
     /// Goes on where an earlier reader of the same boot stopped: on `cpu`, at
     /// `offset` of the page with that time stamp.
     pub fn resume(&mut self, cpu: u16, page_time: u64, offset: u32) {

@@ -12,6 +12,8 @@ use serde_json::Value;
 #[derive(Debug, Default)]
 pub(super) struct Arguments {
     machine: Properties,
+    /// `-smp`.
+    cpus: Properties,
     /// Every `-object` that is memory, by id.
     backends: HashMap<String, Properties>,
     /// The backends of the NUMA nodes, in order.
@@ -65,6 +67,7 @@ impl Arguments {
                 "numa" => all.node(&properties(value)?),
                 "device" => all.device(&properties(value)?),
                 "m" => all.memory = properties(value)?,
+                "smp" => all.cpus = properties(value)?,
                 "mem-path" => all.path = Some(value.clone()),
                 _ => {}
             }
@@ -113,6 +116,16 @@ impl Arguments {
     pub(super) fn machine(&self) -> Option<String> {
         let named = self.machine.get("type").or_else(|| self.machine.get(BARE));
         named.cloned()
+    }
+
+    /// How many CPUs the guest can have, those included that may be plugged
+    /// in; `None` where QEMU works it out from sockets and cores.
+    pub(super) fn max_cpus(&self) -> Option<u32> {
+        if self.cpus.is_empty() {
+            return Some(1);
+        }
+        let count = |key| self.cpus.get(key)?.parse().ok();
+        count("maxcpus").or_else(|| count("cpus").or_else(|| count(BARE)))
     }
 
     /// `max-ram-below-4g` of the machine.
@@ -294,6 +307,18 @@ mod tests {
             );
             assert_eq!(all.machine().as_deref(), Some("pc-q35-7.2"));
             assert_eq!(all.max_ram_below_4g(), None);
+        }
+        for (smp, most) in [
+            (&[][..], Some(1)),
+            (&["-smp", "4"], Some(4)),
+            (
+                &["-smp", "2,maxcpus=16,sockets=16,cores=1,threads=1"],
+                Some(16),
+            ),
+            (&["-smp", "cpus=3"], Some(3)),
+            (&["-smp", "sockets=2,cores=4"], None),
+        ] {
+            assert_eq!(line(smp).max_cpus(), most, "{smp:?}");
         }
         let private = line(&[
             "-machine",

@@ -51,6 +51,8 @@ pub struct Backing {
     /// `max-ram-below-4g` of the machine, in bytes, where it is set: it moves
     /// the split of the RAM at 4 GiB.
     pub max_ram_below_4g: Option<u64>,
+    /// The most CPUs that the guest can have, where QEMU is told.
+    pub max_cpus: Option<u32>,
 }
 
 /// A QEMU process.
@@ -259,6 +261,7 @@ fn find_in(proc: &Path, domain: &DomainXml, libvirt_run: &Path) -> Result<Backin
         modules: modules(domain, &told, open)?,
         machine: told.machine(),
         max_ram_below_4g: told.max_ram_below_4g(),
+        max_cpus: told.max_cpus(),
         qemu: found.qemu,
     };
     if !backing.qemu.lives() {
