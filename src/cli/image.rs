@@ -120,44 +120,57 @@ impl Image {
             end: Some(EndReason::Off),
             interval_ns: 0,
             switches: Vec::new(),
-            boots: vec![Boot {
-                number: 1,
-                boot_id: link.boot_id(),
-                banner: self.kernel.banner.clone(),
-                slide: self.kernel.slide,
-                phys_text: self.kernel.phys_text.0,
-                levels: self.kernel.levels,
-                nr_cpus: reader.nr_cpus(),
-                types: link.format(),
-                found_ns: 0,
-                clocks: None,
-            }],
+            boots: Vec::new(),
             counters: Counters::default(),
             guest_counts: None,
         };
-        let mut writer = SessionWriter::create(&dir, meta, &self.symbols, self.kernel.slide)?;
+        let mut writer = SessionWriter::create(&dir, meta)?;
+        let symbols = writer.store_symbols(&self.symbols, self.kernel.slide)?;
+        writer.meta.boots.push(Boot {
+            number: 1,
+            boot_id: link.boot_id(),
+            banner: self.kernel.banner.clone(),
+            symbols,
+            slide: self.kernel.slide,
+            phys_text: self.kernel.phys_text.0,
+            levels: self.kernel.levels,
+            nr_cpus: reader.nr_cpus(),
+            types: link.format(),
+            found_ns: 0,
+            clocks: None,
+        });
         if let Some(klog) = klog {
             std::fs::copy(klog, dir.join(KLOG_FILE))
                 .with_context(|| format!("cannot copy {}", klog.display()))?;
         }
-        let mut chunks = Vec::new();
-        let drained = reader.drain(&self.ram, &mut |chunk| chunks.push(chunk))?;
-        self.ram.check()?;
-        for chunk in &chunks {
-            writer.append(chunk)?;
+        // An image does not change: each of its pages is read once.
+        loop {
+            let mut stored = Ok(());
+            let drained = reader.drain(&self.ram, &mut |chunk| {
+                if stored.is_ok() {
+                    stored = writer.append(&chunk);
+                }
+            })?;
+            stored?;
+            let counters = &mut writer.meta.counters;
+            counters.bytes += drained.bytes;
+            counters.torn_pages += drained.torn;
+            counters.damaged += drained.damaged;
+            if !drained.cut {
+                break;
+            }
         }
-        writer.meta.counters.bytes = drained.bytes;
-        writer.meta.counters.torn_pages = drained.torn;
-        writer.meta.counters.damaged = drained.damaged;
+        self.ram.check()?;
         writer.flush()?;
         writer.save()?;
-        if drained.damaged > 0 {
+        let counters = writer.meta.counters;
+        if counters.damaged > 0 {
             out::message(&format!(
                 "warning: {} of the image's ring buffers cannot be followed",
-                drained.damaged
+                counters.damaged
             ));
         }
-        if chunks.is_empty() {
+        if counters.bytes == 0 {
             out::message(&format!(
                 "the image's ring buffers are empty (its switch: {})",
                 self.switch()

@@ -63,7 +63,7 @@ fn trace(domain: &Domain) -> (String, String, TestGuest) {
     let pid: i32 = pid.expect("a pid").parse().expect("a number");
     let sessions = list(&guest.lab().sessions(name));
     let session = Session::open(&sessions[0]).expect("a session");
-    let names = Kernels::of(&session);
+    let names = Kernels::of(&session).expect("its symbols");
     let mut flow = events(session.items(), &names, Limits::default());
     for event in flow.by_ref() {
         event.expect("an event");
