@@ -198,6 +198,27 @@ fn enrolling_says_what_is_to_be_done_next() {
         .stdout(contains("not enrolled"));
 }
 
+/// A domain that boots from its disk: the user is told where the parameters go.
+#[test]
+fn enrolling_for_a_stock_kernel_tells_what_to_boot_it_with() {
+    let dir = tempfile::tempdir().unwrap();
+    let (uri, config) = host(dir.path());
+    let parameters = "ftrace=function_graph \
+                      ftrace_graph_filter=__x64_sys_openat,vfs_read trace_buf_size=8M";
+    xftrace()
+        .args(["-c", &uri, "--config", &config, "enroll", "web-1"])
+        .args(["-f", "sys_openat,vfs_read", "--plain"])
+        .assert()
+        .code(0)
+        .stdout(
+            contains("boots no kernel directly")
+                .and(contains(
+                    "GRUB_CMDLINE_LINUX in /etc/default/grub, then update-grub",
+                ))
+                .and(contains(format!("\n  {parameters}\n"))),
+        );
+}
+
 #[test]
 fn lists_the_domains() {
     let dir = tempfile::tempdir().unwrap();
