@@ -253,39 +253,57 @@ fn other_functions_than_the_booted_ones_are_refused_with_what_to_boot() {
     assert!(text.contains("which are all of them"), "{text}");
 }
 
-#[test]
-fn what_is_missing_is_told_with_what_to_do() {
-    let text = |guest: Guest| {
-        let stock = guest.attach();
-        let found = stock.and_then(|stock| stock.tracing(&guest.ram, &["vfs_read"]));
-        found.expect_err("something is missing").to_string()
-    };
-    let no_btf = text(Guest::new().without("__start_BTF"));
-    assert!(no_btf.contains("CONFIG_DEBUG_INFO_BTF"), "{no_btf}");
-    let no_tracer = text(Guest::new().without("ftrace_graph_hash"));
-    assert!(
-        no_tracer.contains("CONFIG_FUNCTION_GRAPH_TRACER"),
-        "{no_tracer}"
-    );
-    let no_symbol = text(Guest::new().without("jiffies_64"));
-    assert!(no_symbol.contains("jiffies_64"), "{no_symbol}");
-    let no_id = text(Guest::new().without("init_task"));
-    assert!(no_id.contains("cannot be told apart"), "{no_id}");
+/// What is said of a kernel in which something is missing.
+fn refusal(guest: &Guest) -> String {
+    let stock = guest.attach();
+    let found = stock.and_then(|stock| stock.tracing(&guest.ram, &["vfs_read"]));
+    found.expect_err("something is missing").to_string()
+}
 
-    let nop = Guest::new();
-    nop.poke(GLOBAL + 40, NOP);
-    let nop = text(nop);
-    assert!(nop.contains("current tracer is 'nop'"), "{nop}");
-    assert!(nop.contains("ftrace=function_graph"), "{nop}");
-    let small = Guest::new();
-    small.poke(CPU, 2);
-    let small = text(small);
-    assert!(small.contains("has 8 KiB for each CPU"), "{small}");
-    assert!(small.contains("trace_buf_size="), "{small}");
+#[test]
+fn a_kernel_without_btf_is_told_as_that() {
+    let said = refusal(&Guest::new().without("__start_BTF"));
+    assert!(
+        said.contains("has no BTF (CONFIG_DEBUG_INFO_BTF)"),
+        "{said}"
+    );
     let broken = Guest::new();
     broken.poke(BTF, 0);
-    let broken = text(broken);
-    assert!(broken.contains("BTF cannot be read"), "{broken}");
+    let said = refusal(&broken);
+    assert!(said.contains("BTF cannot be read"), "{said}");
+}
+
+#[test]
+fn a_kernel_without_the_tracer_is_told_as_that() {
+    let said = refusal(&Guest::new().without("ftrace_graph_hash"));
+    let wanted = "built without CONFIG_FUNCTION_GRAPH_TRACER";
+    assert!(said.contains(wanted), "{said}");
+}
+
+#[test]
+fn a_ring_that_is_too_small_is_told_with_what_to_boot() {
+    let small = Guest::new();
+    small.poke(CPU, 2);
+    let said = refusal(&small);
+    assert!(said.contains("has 8 KiB for each CPU"), "{said}");
+    assert!(said.contains("trace_buf_size="), "{said}");
+}
+
+#[test]
+fn a_tracer_that_does_not_run_is_told_with_what_to_boot() {
+    let nop = Guest::new();
+    nop.poke(GLOBAL + 40, NOP);
+    let said = refusal(&nop);
+    assert!(said.contains("current tracer is 'nop'"), "{said}");
+    assert!(said.contains("ftrace=function_graph"), "{said}");
+}
+
+#[test]
+fn symbols_that_are_missing_are_named() {
+    let said = refusal(&Guest::new().without("jiffies_64"));
+    assert!(said.contains("jiffies_64"), "{said}");
+    let said = refusal(&Guest::new().without("init_task"));
+    assert!(said.contains("cannot be told apart"), "{said}");
 }
 
 #[test]
