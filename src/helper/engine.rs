@@ -13,6 +13,7 @@ use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use crate::config::Config;
 use crate::kernel::stock::command_line;
 use crate::libvirt::enrolment::Enrolment;
+use crate::libvirt::live::LiveXml;
 use crate::libvirt::xml::DomainXml;
 use crate::session::{EndReason, Finding, FindingKind, Meta, Mode};
 
@@ -62,6 +63,8 @@ pub(super) struct Engine {
     /// What its metadata and the configuration want; none after unenroll.
     pub(super) enrolment: Option<Enrolment>,
     pub(super) attached: Attached,
+    /// Where memory modules that come and go are told of.
+    pub(super) live: LiveXml,
     pub(super) watch: Watch,
     pub(super) trace: Option<Trace>,
     /// What the switch is to be set to: the functions as resolved by name.
@@ -116,6 +119,7 @@ impl Engine {
             last_session: None,
         };
         Self {
+            live: LiveXml::new(&config.paths.libvirt_run, &domain),
             domain,
             config,
             enrolment,
@@ -217,6 +221,7 @@ impl Engine {
 
     /// One round: look at the guest, read what is new, keep the books.
     pub(super) fn round(&mut self) -> anyhow::Result<()> {
+        self.attend_modules();
         self.look()?;
         self.attend_boot()?;
         if let Some(trace) = &mut self.trace {
@@ -399,6 +404,7 @@ impl Engine {
             }
         });
         let mut status = lock(&self.status);
+        status.memory.clone_from(&self.attached.files);
         status.guest = guest;
         status.trace = trace;
         status.last_session.clone_from(&self.last_session);

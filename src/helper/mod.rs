@@ -28,6 +28,7 @@ mod fake;
 mod graphs;
 mod keyring;
 mod link;
+mod modules;
 pub mod protocol;
 mod ratelimit;
 mod requests;

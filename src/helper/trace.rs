@@ -187,6 +187,13 @@ impl Trace {
         }
     }
 
+    /// The guest's memory is this now: what it was, and modules that came or
+    /// went. The keys' thread stays with what it has: where they lie is in the
+    /// kernel's image, which is in no module.
+    pub(super) fn goes_on_in(&mut self, ram: Arc<dyn GuestRam>) {
+        self.ram = ram;
+    }
+
     /// The guest has booted, into this kernel: its first records, if there
     /// will be any, are the session's next boot.
     pub(super) fn boot(&mut self, guest: &Guest, watch: &Watch) -> Result<(), TraceError> {

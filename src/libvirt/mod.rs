@@ -13,12 +13,15 @@
 //! - [`hook`] decides what a hook event asks for; [`launch`] starts the helper.
 //! - [`run_dir`] is where the hook leaves a domain's XML for its helper, and
 //!   how one tells whether a helper runs.
+//! - [`live`] reads what libvirt writes down of a running domain, for the
+//!   changes that no hook is called for.
 //! - [`memory`] finds the files that a running QEMU has its guest's RAM in.
 
 pub mod connection;
 pub mod enrolment;
 pub mod hook;
 pub mod launch;
+pub mod live;
 pub mod memory;
 pub mod run_dir;
 pub mod xml;

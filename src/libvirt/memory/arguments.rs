@@ -174,6 +174,28 @@ impl Arguments {
             .collect()
     }
 
+    /// The backend of a DIMM that libvirt has plugged in since: it is made like
+    /// that of the memory which the guest boots with
+    /// (qemuBuildMemoryBackendProps, src/qemu/qemu_command.c), a file in the
+    /// same directory. As with all of them, it counts only if QEMU has it mapped.
+    pub(super) fn plugged(&self, alias: &str, size: u64) -> Option<Backend> {
+        let like = self.ram().ok()?.into_iter().next()?;
+        let kind = match like.kind {
+            Kind::File(path) => Kind::File(match path.strip_suffix(&like.id) {
+                Some(dir) => format!("{dir}{alias}"),
+                // A directory, in which QEMU makes its files.
+                None => path,
+            }),
+            kind => kind,
+        };
+        Some(Backend {
+            id: format!("mem{alias}"),
+            kind,
+            size,
+            shared: like.shared,
+        })
+    }
+
     fn backend(&self, id: &str) -> Result<Backend, String> {
         let object = self
             .backends

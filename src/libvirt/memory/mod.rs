@@ -33,7 +33,7 @@ use std::path::{Path, PathBuf};
 use uuid::Uuid;
 
 use super::shell_word;
-use super::xml::DomainXml;
+use super::xml::{DomainXml, MemoryDevice};
 
 /// Where a running domain's RAM is.
 #[derive(Debug)]
@@ -272,24 +272,39 @@ fn find_in(proc: &Path, domain: &DomainXml, libvirt_run: &Path) -> Result<Backin
 
 /// The memory modules whose place in the guest is known: QEMU was told, or
 /// libvirt has asked QEMU since, and says it in the XML of the running domain.
+/// Those that were plugged in since QEMU started are in that XML alone, and
+/// those that were taken out again are there no more.
 fn modules(
     domain: &DomainXml,
     told: &arguments::Arguments,
     open: impl Fn(&arguments::Backend) -> Result<MemoryPart, MemoryError>,
 ) -> Result<Vec<(MemoryPart, u64)>, MemoryError> {
-    // libvirt's name for a module's backend (qemuBuildMemoryDimmBackendStr,
-    // src/qemu/qemu_command.c).
-    let base_of = |id: &str| {
-        let named = |alias: &String| id.strip_prefix("mem") == Some(alias.as_str());
-        let mut all = domain.modules.iter();
-        all.find(|module| module.alias.as_ref().is_some_and(named))?
-            .base
-    };
+    let told_of = told.modules();
     let mut found = Vec::new();
-    for (backend, address) in told.modules() {
-        if let Some(base) = address.or_else(|| base_of(&backend.id)) {
+    for (backend, address) in &told_of {
+        let module = domain.modules.iter().find(|module| is_of(module, backend));
+        if let Some(base) = module.and_then(|module| module.base.or(*address)) {
+            found.push((open(backend)?, base));
+        }
+    }
+    for module in &domain.modules {
+        let known = told_of.iter().any(|(backend, _)| is_of(module, backend));
+        let (Some(alias), Some(base), false) = (&module.alias, module.base, known) else {
+            continue;
+        };
+        if let Some(backend) = told
+            .plugged(alias, module.size)
+            .filter(|_| module.model == "dimm")
+        {
             found.push((open(&backend)?, base));
         }
     }
     Ok(found)
+}
+
+/// Whether this is the module's memory, by libvirt's name for that
+/// (qemuBuildMemoryDimmBackendStr, src/qemu/qemu_command.c).
+fn is_of(module: &MemoryDevice, backend: &arguments::Backend) -> bool {
+    let named = backend.id.strip_prefix("mem");
+    named.is_some() && named == module.alias.as_deref()
 }

@@ -92,8 +92,14 @@ impl Host {
     }
 
     fn find(&self) -> Result<Backing, MemoryError> {
+        self.find_with("")
+    }
+
+    /// With these devices in the domain's XML.
+    fn find_with(&self, devices: &str) -> Result<Backing, MemoryError> {
         let domain = DomainXml::parse(&format!(
-            "<domain id='1'><name>web1</name><uuid>{UUID}</uuid><memory>1024</memory></domain>"
+            "<domain id='1'><name>web1</name><uuid>{UUID}</uuid><memory>1024</memory>\
+             <devices>{devices}</devices></domain>"
         ))
         .unwrap();
         find_in(&self.path("proc"), &domain, &self.path("run"))
@@ -366,4 +372,73 @@ fn the_path_of_the_real_proc_is_searched() {
     .unwrap();
     let error = find_backing(&domain, Path::new("/nonexistent")).unwrap_err();
     assert!(matches!(error, MemoryError::NotRunning { .. }), "{error}");
+}
+
+/// A DIMM as libvirt has it in the XML of a running domain.
+fn dimm(alias: &str, base: &str) -> String {
+    format!(
+        "<memory model='dimm'><target><size unit='MiB'>1</size></target>\
+         <alias name='{alias}'/><address type='dimm' slot='0' {base}/></memory>"
+    )
+}
+
+#[test]
+fn a_dimm_that_was_plugged_in_since_is_looked_for_beside_the_rest() {
+    let host = Host::new();
+    let known = dimm("dimm0", "base='0x100000000'");
+    // libvirt says so, and QEMU does not have it mapped.
+    fs::write(host.path("ram/dimm0"), [0; SIZE as usize]).unwrap();
+    let error = host.find_with(&known).expect_err("found");
+    assert!(matches!(error, MemoryError::NotMapped { .. }), "{error}");
+
+    let maps = host.path("proc").join(&host.pid).join("maps");
+    let file = fs::metadata(host.path("ram/dimm0")).unwrap();
+    let line = format!(
+        "7f1000000000-7f1000100000 rw-s 00000000 {:02x}:{:02x} {}   {}\n",
+        major(file.dev()),
+        minor(file.dev()),
+        file.ino(),
+        host.path("ram/dimm0").display(),
+    );
+    fs::write(&maps, fs::read_to_string(&maps).unwrap() + &line).unwrap();
+    let backing = host.find_with(&known).unwrap();
+    let [(part, base)] = &backing.modules[..] else {
+        panic!("{backing:?}")
+    };
+    assert_eq!((part.size, *base), (SIZE, 4 << 30));
+    let Held::File { path, file: opened } = &part.held else {
+        panic!("{part:?}")
+    };
+    assert_eq!(*path, host.path("ram/dimm0"));
+    assert_eq!(opened.metadata().unwrap().ino(), file.ino());
+
+    // One whose place is not known yet, and one of another kind.
+    for devices in [
+        dimm("dimm0", ""),
+        known.replace("model='dimm'", "model='virtio-mem'"),
+    ] {
+        assert_eq!(host.find_with(&devices).unwrap().modules.len(), 0);
+    }
+}
+
+#[test]
+fn a_dimm_of_the_command_line_that_was_taken_out_is_not_looked_for() {
+    let host = Host::new();
+    let mut arguments = host.arguments("true");
+    let object = format!(
+        r#"{{"qom-type":"memory-backend-file","id":"memdimm0","mem-path":"/gone","share":true,"size":{SIZE}}}"#
+    );
+    let device = "pc-dimm,memdev=memdimm0,id=dimm0,slot=0,addr=4294967296";
+    for more in ["-object", &object, "-device", device] {
+        arguments.push(more.to_owned());
+    }
+    host.set_arguments(&arguments);
+    let is_gone = |devices: &str| {
+        let found = host.find_with(devices);
+        matches!(found, Err(MemoryError::Unlinked { .. }))
+    };
+    assert!(is_gone(&dimm("dimm0", "base='0x100000000'")));
+    // QEMU was told where, and libvirt does not say.
+    assert!(is_gone(&dimm("dimm0", "")));
+    assert_eq!(host.find_with("").unwrap().modules.len(), 0);
 }
