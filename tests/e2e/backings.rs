@@ -1,27 +1,39 @@
-//! Whatever a guest's memory is made of, it is traced with the same result, and
-//! QEMU goes on running all the while.
+//! Whatever a guest is and its memory is made of, it is traced with the same
+//! result, and QEMU goes on running all the while.
 
 use std::fs;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use predicates::prelude::*;
 use xftrace::callflow::{events, Kernels, Limits};
+use xftrace::kernel::{probe, Symbols};
+use xftrace::ram::{Access, FileRam, Layout, MachineKind};
 use xftrace::session::{list, Session};
-use xftrace_lab::{Backing, Domain, HugePages};
+use xftrace_lab::{wait_for, Backing, Domain, HugePages, Meanwhile, Row};
 
 use crate::lab::TestGuest;
 
 /// How many times the guest opens, reads and closes.
 const LOOPS: u64 = 3000;
 const LOOP_TIME: Duration = Duration::from_secs(120);
+const SOON: Duration = Duration::from_secs(30);
+/// How long it may take to find the kernel of a guest of this size.
+const LARGE: (u64, Duration) = (64 << 10, Duration::from_millis(100));
+/// The module that is plugged in, and what of it the rings have to take.
+const DIMM_MIB: u64 = 128;
+const RINGS_MIB: u64 = 48;
 
-/// Starts a domain as it is, enrols it while it runs, and traces the program
-/// in it. Gives what `xftrace enroll` and `xftrace status` said.
-fn trace(domain: &Domain) -> (String, String, TestGuest) {
-    let guest = TestGuest::define_alone(domain);
+/// Starts the domain of a row as it is, enrols it while it runs, and traces
+/// the program in it.
+pub(crate) fn every_call(row: &Row) {
+    let _pages = match row.backing {
+        Backing::Huge | Backing::HugeRetained => Some(HugePages::for_guest(row.memory).unwrap()),
+        _ => None,
+    };
+    let guest = TestGuest::define_alone(&row.domain(""));
     let dir = tempfile::tempdir().expect("a directory");
-    let name = domain.name.as_str();
+    let name = row.name.as_str();
     let xftrace = |arguments: &[&str]| {
         let mut command = guest.xftrace(dir.path());
         let done = command.args(arguments).assert().success();
@@ -31,33 +43,26 @@ fn trace(domain: &Domain) -> (String, String, TestGuest) {
     let map = &guest.lab().artifacts(guest.kernel()).unwrap().system_map;
     let enrolled = xftrace(&["enroll", name, "--symbols", map.to_str().unwrap()]);
 
-    let qemu = guest.qemu_pid().unwrap();
-    let (done, looks) = (AtomicBool::new(false), AtomicU64::new(0));
-    let (output, status) = std::thread::scope(|scope| {
-        scope.spawn(|| {
-            while !done.load(Ordering::Acquire) {
-                never_stopped(qemu);
-                looks.fetch_add(1, Ordering::Relaxed);
-                std::thread::sleep(Duration::from_millis(1));
-            }
-        });
-        let _end = End(&done);
-        xftrace(&[
-            "on",
-            "-d",
-            name,
-            "--interval",
-            "20ms",
-            "sys_openat",
-            "sys_read",
-        ]);
-        let run = guest.run_for(&format!("rwloop {LOOPS}"), LOOP_TIME);
-        let output = run.unwrap().success().unwrap();
+    let (output, status) = unstopped(guest.qemu_pid().unwrap(), || {
+        let on = ["on", "-d", name, "--interval", "20ms"];
+        xftrace(&[&on[..], &["sys_openat", "sys_read"]].concat());
+        if row.meanwhile == Meanwhile::Dimm {
+            plug_in(&guest);
+            // New pages of a ring are taken from the highest memory there is.
+            let grow = "echo 32768 >/sys/kernel/tracing/buffer_size_kb";
+            guest.run(grow).unwrap().success().unwrap();
+            let left = free_above_4g(&guest);
+            assert!(left < (DIMM_MIB - RINGS_MIB) << 8, "{left} pages are free");
+        }
+        let mut run = guest.spawn(&format!("rwloop {LOOPS}")).unwrap();
+        if row.meanwhile == Meanwhile::Balloon {
+            balloon(&guest, row.memory);
+        }
+        let output = run.wait(LOOP_TIME).unwrap().success().unwrap();
         let status = xftrace(&["status", "-d", name]);
         xftrace(&["off", "-d", name]);
         (output, status)
     });
-    assert!(looks.into_inner() > 100, "QEMU was hardly looked at");
 
     let pid = output.lines().find_map(|line| line.strip_prefix("pid "));
     let pid: i32 = pid.expect("a pid").parse().expect("a number");
@@ -73,15 +78,159 @@ fn trace(domain: &Domain) -> (String, String, TestGuest) {
     let roots = ["__x64_sys_read", "__x64_sys_openat"].map(|root| tally.roots_of(root, Some(pid)));
     // One more open: the program makes its file first.
     let findings = fs::read_to_string(sessions[0].join("findings.jsonl"));
-    assert_eq!(
-        roots,
-        [LOOPS, LOOPS + 1],
-        "{:?}: {counters:?}, {findings:?}",
-        domain.backing
-    );
+    assert_eq!(roots, [LOOPS, LOOPS + 1], "{counters:?}, {findings:?}");
     assert_eq!((tally.forged.total(), tally.lost_places.total()), (0, 0));
-    assert_eq!(counters.tampered, 0);
-    (enrolled, status, guest)
+    assert_eq!((counters.tampered, counters.damaged), (0, 0));
+    let levels: Vec<u8> = session.meta.boots.iter().map(|boot| boot.levels).collect();
+    let four = row.cpu == "max,-la57";
+    assert_eq!(levels, [if four { 4 } else { 5 }]);
+
+    tells_what_it_is(row, &enrolled, &status);
+    if row.backing == Backing::Anon {
+        holes_stay_holes(&guest);
+    }
+    if row.memory >= LARGE.0 {
+        found_at_once(&status, map, row.memory);
+    }
+    let linked = match row.backing {
+        Backing::HugeRetained => "640\n",
+        _ => "",
+    };
+    assert_eq!(left_linked(&guest), linked);
+    guest.shutdown().unwrap();
+    assert_eq!(left_linked(&guest), "");
+}
+
+/// What `enroll` and `status` say of the memory.
+fn tells_what_it_is(row: &Row, enrolled: &str, status: &str) {
+    assert!(
+        enrolled.contains("at once, without a restart"),
+        "{enrolled}"
+    );
+    let one = row.cells == 0 && row.meanwhile != Meanwhile::Dimm;
+    let (parts, restart): (&[&str], _) = match row.backing {
+        Backing::File if one => (&["/pc.ram\n"], false),
+        Backing::File => (&["/ram-node0\n"], false),
+        Backing::Memfd => (&["/memfd:memory-backend-memfd"], false),
+        Backing::Anon => (&["/mem\n"], true),
+        // Stock QEMU unlinks the file at once.
+        Backing::Huge => (&["qemu_back_mem.", "(deleted)"], false),
+        Backing::HugeRetained => (&["qemu_back_mem."], false),
+        Backing::Private => panic!("that is refused"),
+    };
+    for part in parts {
+        assert!(status.contains(part), "no {part:?} in: {status}");
+    }
+    let deleted = matches!(row.backing, Backing::Huge | Backing::Memfd);
+    assert_eq!(status.contains("(deleted)"), deleted, "{status}");
+    for (number, of) in [
+        ("node1", row.cells == 2),
+        ("dimm0", row.meanwhile == Meanwhile::Dimm),
+    ] {
+        assert_eq!(status.contains(&format!("{number}\n")), of, "{status}");
+    }
+    assert_eq!(enrolled.contains("its memory is anonymous"), restart);
+    let says = enrolled.contains(&format!("virsh shutdown {}", row.name));
+    assert_eq!(says, restart, "{enrolled}");
+}
+
+/// Its memory did not become a file, and no page more was used for holes.
+fn holes_stay_holes(guest: &TestGuest) {
+    let pid = guest.qemu_pid().unwrap();
+    let memory = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let used = memory
+        .lines()
+        .find_map(|line| line.strip_prefix("RssAnon:"));
+    let used = used.unwrap().trim().trim_end_matches(" kB").parse::<u64>();
+    assert!(used.unwrap() < 2 << 20, "{memory}");
+}
+
+/// The kernel is found quickly in a guest of which most was never touched.
+fn found_at_once(status: &str, map: &std::path::Path, mib: u64) {
+    let file = status
+        .split_whitespace()
+        .find(|word| word.ends_with("/pc.ram"));
+    let layout = Layout::pc(mib << 20, MachineKind::Q35).expect("a layout");
+    let ram = FileRam::open(file.unwrap().as_ref(), Access::ReadOnly, layout).expect("mapped");
+    let symbols = Symbols::load(map).expect("symbols");
+    let once = || {
+        let started = Instant::now();
+        assert_eq!(probe(&ram, &symbols).expect("a search").len(), 1);
+        started.elapsed()
+    };
+    let took = (0..5).map(|_| once()).min().expect("five times");
+    println!("found in {took:?}");
+    assert!(took < LARGE.1, "{took:?}");
+}
+
+/// Plugs a memory module in and has the guest use it, for its kernel too.
+fn plug_in(guest: &TestGuest) {
+    let xml = guest.lab().dir().join("boot/dimm.xml");
+    let text = format!(
+        "<memory model='dimm'><target><size unit='MiB'>{DIMM_MIB}</size><node>0</node></target>\
+         </memory>"
+    );
+    fs::write(&xml, text).unwrap();
+    let lab = guest.lab();
+    lab.virsh(&[
+        "attach-device",
+        guest.name(),
+        xml.to_str().unwrap(),
+        "--live",
+    ])
+    .unwrap();
+    let online = "cd /sys/devices/system/memory; for block in memory*/state; do \
+                  grep -q offline $block && echo online_kernel >$block; done; \
+                  ! grep -q offline memory*/state";
+    wait_for(SOON, || {
+        // Its kernel may be about to add it.
+        let all = guest.run(online)?.status == 0;
+        Ok((all && free_above_4g(guest) > 0).then_some(()))
+    })
+    .unwrap();
+}
+
+/// How many pages are free in the zone above 4 GiB.
+fn free_above_4g(guest: &TestGuest) -> u64 {
+    let zone = "sed -n '/zone *Normal/,/nr_free_pages/s/.*nr_free_pages *//p' /proc/zoneinfo";
+    let said = guest.run(zone).unwrap().success().unwrap();
+    said.trim().parse().unwrap_or(0)
+}
+
+/// Takes memory away from the guest, and gives it back.
+fn balloon(guest: &TestGuest, mib: u64) {
+    let total = || -> anyhow::Result<u64> {
+        let total = "sed -n 's/MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo";
+        Ok(guest.run(total)?.success()?.trim().parse()?)
+    };
+    let whole = total().unwrap();
+    let taken = mib << 10 >> 2;
+    let left = (mib << 10) - taken;
+    for (size, is) in [(left, whole - taken), (mib << 10, whole)] {
+        guest
+            .lab()
+            .virsh(&["setmem", guest.name(), &size.to_string(), "--live"])
+            .unwrap();
+        wait_for(SOON, || Ok((total()? == is).then_some(()))).unwrap();
+    }
+}
+
+/// Does something while no thread of a process is stopped.
+pub(crate) fn unstopped<T>(pid: u32, run: impl FnOnce() -> T) -> T {
+    let (done, looks) = (AtomicBool::new(false), AtomicU64::new(0));
+    let result = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Acquire) {
+                never_stopped(pid);
+                looks.fetch_add(1, Ordering::Relaxed);
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        });
+        let _end = End(&done);
+        run()
+    });
+    assert!(looks.into_inner() > 100, "QEMU was hardly looked at");
+    result
 }
 
 /// Ends the watching thread, also where the test fails.
@@ -105,90 +254,6 @@ fn never_stopped(pid: u32) {
     }
 }
 
-fn domain(name: &str, backing: Backing) -> Domain {
-    Domain {
-        backing,
-        ..Domain::new(name)
-    }
-}
-
-#[test]
-fn a_shared_file_is_traced() {
-    let (enrolled, status, _guest) = trace(&domain("back-file", Backing::File));
-    assert!(
-        enrolled.contains("at once, without a restart"),
-        "{enrolled}"
-    );
-    assert!(!enrolled.contains("virsh shutdown"), "{enrolled}");
-    assert!(status.contains("/pc.ram\n"), "{status}");
-}
-
-#[test]
-fn a_memfd_is_traced() {
-    let (enrolled, status, _guest) = trace(&domain("back-memfd", Backing::Memfd));
-    assert!(
-        enrolled.contains("at once, without a restart"),
-        "{enrolled}"
-    );
-    assert!(status.contains("/memfd:memory-backend-memfd"), "{status}");
-}
-
-/// A domain that was never prepared, on a machine with more to its memory: two
-/// pieces, one of them above 4 GiB.
-#[test]
-fn anonymous_memory_of_a_running_domain_is_traced() {
-    let (enrolled, status, guest) = trace(&Domain {
-        machine: "q35".to_owned(),
-        memory: 5 << 10,
-        vcpus: 4,
-        ..domain("back-anon", Backing::Anon)
-    });
-    assert!(
-        enrolled.contains("at once, without a restart"),
-        "{enrolled}"
-    );
-    assert!(enrolled.contains("its memory is anonymous"), "{enrolled}");
-    assert!(enrolled.contains("virsh shutdown back-anon"), "{enrolled}");
-    assert!(status.contains("/mem\n"), "{status}");
-    // Its memory did not become a file, and no page more was used for holes.
-    let pid = guest.qemu_pid().unwrap();
-    let memory = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let used = memory
-        .lines()
-        .find_map(|line| line.strip_prefix("RssAnon:"));
-    let used = used.unwrap().trim().trim_end_matches(" kB").parse::<u64>();
-    assert!(used.unwrap() < 2 << 20, "{memory}");
-}
-
-#[test]
-fn huge_pages_are_traced() {
-    let _pages = HugePages::for_guest(256).unwrap();
-    let (enrolled, status, guest) = trace(&domain("back-huge", Backing::Huge));
-    assert!(
-        enrolled.contains("at once, without a restart"),
-        "{enrolled}"
-    );
-    // Stock QEMU unlinks the file at once.
-    assert!(
-        status.contains("qemu_back_mem.") && status.contains("(deleted)"),
-        "{status}"
-    );
-    assert_eq!(left_linked(&guest), "");
-}
-
-/// The patched QEMU leaves the file in its directory, with the mode asked for,
-/// and takes it away in the end.
-#[test]
-fn huge_pages_that_stay_linked_are_traced_by_name() {
-    let _pages = HugePages::for_guest(256).unwrap();
-    let (_, status, guest) = trace(&domain("back-retained", Backing::HugeRetained));
-    assert!(status.contains("qemu_back_mem."), "{status}");
-    assert!(!status.contains("(deleted)"), "{status}");
-    assert_eq!(left_linked(&guest), "640\n");
-    guest.shutdown().unwrap();
-    assert_eq!(left_linked(&guest), "");
-}
-
 /// The modes of the memory files in the directory of huge pages.
 fn left_linked(guest: &TestGuest) -> String {
     let mut find = guest.lab().command("/".as_ref(), "find").unwrap();
@@ -203,7 +268,10 @@ fn left_linked(guest: &TestGuest) -> String {
 
 #[test]
 fn a_private_file_is_refused_with_the_way_out() {
-    let guest = TestGuest::define(&domain("back-private", Backing::Private));
+    let guest = TestGuest::define(&Domain {
+        backing: Backing::Private,
+        ..Domain::new("back-private")
+    });
     let dir = tempfile::tempdir().expect("a directory");
     guest.start().unwrap();
     let mut enroll = guest.xftrace(dir.path());

@@ -19,6 +19,7 @@ mod lifecycle;
 mod pause;
 mod plain;
 mod refusals;
+mod rows;
 mod switch;
 mod symbols;
 mod syslog;

@@ -10,58 +10,51 @@ use std::time::Duration;
 use xftrace::kernel::stock::command_line;
 use xftrace::kernel::Symbols;
 use xftrace::session::{list, Mode, Session};
-use xftrace_lab::{wait_for, Backing, Domain};
+use xftrace::symfiles::Known;
+use xftrace_lab::{wait_for, Ring, Row};
 
+use crate::backings::unstopped;
 use crate::lab::TestGuest;
 
 /// How many times the guest opens, reads and closes.
 const LOOPS: u64 = 600;
 /// So many function calls at least are to be compared.
 const CALLS: usize = 50_000;
-/// Some megabytes over an emulated serial port, on a busy machine.
+/// What a guest may take to write its trace out, on a busy machine.
 const LISTING: Duration = Duration::from_secs(400);
 const FUNCTIONS: [&str; 2] = ["__x64_sys_read", "__x64_sys_openat"];
 const TRACING: &str = "/sys/kernel/tracing";
-
-/// What it is booted with, `enroll --plain` puts there.
-#[test]
-fn debian_6_1_is_read_as_it_shows_itself() {
-    agrees("plain61", "stock-6.1-cloud", "", TRACING, "true");
-}
-
-#[test]
-fn debian_6_12_is_read_as_it_shows_itself() {
-    let boot = command_line(&FUNCTIONS);
-    agrees("plain612", "stock-6.12-cloud", &boot, TRACING, "true");
-}
-
-/// The ring in memory that is reserved at boot, which 6.12 can have: its
-/// tracer is set inside the guest.
-#[test]
-fn the_boot_mapped_ring_of_debian_6_12_is_read_as_it_shows_itself() {
-    let boot = format!(
-        "ftrace_graph_filter={} reserve_mem=24M:4096:xf trace_instance=xf@xf",
-        FUNCTIONS.join(",")
-    );
-    let instance = format!("{TRACING}/instances/xf");
-    let set = format!("echo function_graph > {instance}/current_tracer");
-    agrees("mapped612", "stock-6.12-cloud", &boot, &instance, &set);
-}
 
 /// A line of a call flow: how deep it is, and what it says (`f() {`, `f();`
 /// or `} f`).
 type Line = (usize, String);
 
-fn agrees(name: &str, kernel: &str, boot: &str, tracing: &str, set_tracer: &str) {
-    let guest = TestGuest::define_alone(&Domain {
-        kernel: kernel.to_owned(),
-        backing: Backing::File,
-        memory: 512,
-        append: boot.to_owned(),
-        ..Domain::new(name)
-    });
+/// What a row is booted with that `enroll --plain` does not put there, where
+/// its ring is in the guest's tracefs, and what sets the tracer of that.
+fn ring(row: &Row) -> (String, String, String) {
+    match row.ring {
+        Ring::Global => (String::new(), TRACING.to_owned(), "true".to_owned()),
+        // In memory that is reserved at boot, which 6.12 can have.
+        Ring::BootMapped => {
+            let boot = format!(
+                "ftrace_graph_filter={} reserve_mem=24M:4096:xf trace_instance=xf@xf",
+                FUNCTIONS.join(",")
+            );
+            let instance = format!("{TRACING}/instances/xf");
+            let set = format!("echo function_graph > {instance}/current_tracer");
+            (boot, instance, set)
+        }
+    }
+}
+
+/// Traces the guest of a row, and compares the trace with its own.
+pub(crate) fn same_lines(row: &Row) {
+    let (boot, tracing, set_tracer) = ring(row);
+    let guest = TestGuest::define_alone(&row.domain(&boot));
+    let name = row.name.as_str();
     let dir = tempfile::tempdir().expect("a directory");
-    let symbols = dir.path().join("kallsyms");
+    // That its symbols are those of the kernel that runs, `symbols` shows.
+    let symbols = guest.lab().artifacts(&row.kernel).unwrap().bzimage;
     let xftrace = |arguments: &[&str]| {
         let mut command = guest.xftrace(dir.path());
         command.args(arguments);
@@ -75,14 +68,13 @@ fn agrees(name: &str, kernel: &str, boot: &str, tracing: &str, set_tracer: &str)
         .assert()
         .success();
     guest.start().unwrap();
-    let listing = "echo 0 >/proc/sys/kernel/kptr_restrict; gzip -c /proc/kallsyms | base64";
-    std::fs::write(&symbols, unpacked(&guest, listing)).expect("a file of symbols");
-    guest.run(set_tracer).unwrap().success().unwrap();
+    guest.run(&set_tracer).unwrap().success().unwrap();
 
-    // What was recorded since the boot is no part of it.
+    // What was recorded since the boot is no part of it. Of what the guest
+    // shows, times are most and are not compared, and it writes slowly.
+    let options = "echo 0 >options/funcgraph-duration; echo 1 >options/funcgraph-tail";
     let quiet = format!(
-        "cd {tracing}; echo 0 >tracing_on; echo >trace; echo 1 >{TRACING}/options/funcgraph-tail; \
-         echo 1 >options/funcgraph-tail; true"
+        "cd {tracing}; echo 0 >tracing_on; echo >trace; {options}; cd {TRACING}; {options}; true"
     );
     guest.run(&quiet).unwrap().success().unwrap();
     let mut status = String::new();
@@ -113,16 +105,15 @@ fn agrees(name: &str, kernel: &str, boot: &str, tracing: &str, set_tracer: &str)
         .failure()
         .stderr(predicates::str::contains("trace_buf_size="));
 
-    xftrace(&["on", "-d", name])
-        .assert()
-        .success()
-        .stderr(predicates::str::contains("plain (not keyed"));
-    guest
-        .run_for(&format!("rwloop {LOOPS}"), LISTING)
-        .unwrap()
-        .success()
-        .unwrap();
-    xftrace(&["off", "-d", name]).assert().success();
+    unstopped(guest.qemu_pid().unwrap(), || {
+        xftrace(&["on", "-d", name])
+            .assert()
+            .success()
+            .stderr(predicates::str::contains("plain (not keyed"));
+        let run = guest.run_for(&format!("rwloop {LOOPS}"), LISTING);
+        run.unwrap().success().unwrap();
+        xftrace(&["off", "-d", name]).assert().success();
+    });
     let switch = guest.run(&format!("cat {tracing}/tracing_on")).unwrap();
     assert_eq!(switch.text, "0\n", "the guest's own switch");
 
@@ -142,8 +133,12 @@ fn agrees(name: &str, kernel: &str, boot: &str, tracing: &str, set_tracer: &str)
     );
     let theirs = unpacked(&guest, &format!("gzip -c {tracing}/trace | base64"));
     let theirs = String::from_utf8(theirs).expect("text");
-    let names = Symbols::load(&symbols).expect("symbols");
-    compare(&flow(&graph, 3), &flow(&theirs, 1), &names);
+    let names = Known::load(&symbols).expect("symbols").symbols;
+    compare(
+        &flow(&graph, (3, '|', 2)),
+        &flow(&theirs, (1, ')', 1)),
+        &names,
+    );
 
     xftrace(&["unenroll", name]).assert().success();
     let after = guest.lab().virsh(&["dumpxml", "--inactive", name]).unwrap();
@@ -180,24 +175,29 @@ fn compare(ours: &BTreeMap<u32, Vec<Line>>, theirs: &BTreeMap<u32, Vec<Line>>, n
     assert!(calls >= CALLS, "{calls} calls");
 }
 
-/// The lines of a function_graph, whose text stands behind so many bars.
-fn flow(text: &str, bars: usize) -> BTreeMap<u32, Vec<Line>> {
+/// The lines of a function_graph, whose calls stand behind so many of a mark
+/// and some space.
+fn flow(text: &str, (count, mark, space): (usize, char, usize)) -> BTreeMap<u32, Vec<Line>> {
     let mut cpus: BTreeMap<u32, Vec<Line>> = BTreeMap::new();
-    for line in text.lines() {
-        let parts: Vec<&str> = line.splitn(bars + 1, '|').collect();
-        let (Some(call), Some((cpu, _))) = (parts.get(bars), line.split_once(')')) else {
+    for line in text.lines().filter(|line| !line.starts_with('#')) {
+        let (call, note) = line.split_once(" /* ").unwrap_or((line, ""));
+        let (Some(call), Some((cpu, _))) = (
+            call.splitn(count + 1, mark).nth(count),
+            line.split_once(')'),
+        ) else {
             continue;
         };
-        let cpu = cpu.rsplit(' ').next().and_then(|cpu| cpu.parse().ok());
-        let (Some(cpu), false) = (cpu, line.starts_with('#')) else {
-            continue;
-        };
-        let depth = call.len() - call.trim_start().len();
-        let (what, note) = call.trim().split_once(" /* ").unwrap_or((call.trim(), ""));
-        // A call that is open at the end: the guest says nothing of it.
-        if what.is_empty() || note.contains("return not seen") {
+        let what = call.trim();
+        // Nothing else is a call: not the marks of interrupts, nor a change
+        // of tasks. One that is open at the end, the guest says nothing of.
+        let is_call = what.ends_with(['{', ';']) || what == "}";
+        if !is_call || note.contains("return not seen") {
             continue;
         }
+        let Some(cpu) = cpu.rsplit(' ').next().and_then(|cpu| cpu.parse().ok()) else {
+            continue;
+        };
+        let depth = call.len() - call.trim_start().len() - space;
         let what = match what {
             "}" => format!("}} {}", note.split([',', ' ']).next().unwrap_or("")),
             what => what.to_owned(),
@@ -208,7 +208,7 @@ fn flow(text: &str, bars: usize) -> BTreeMap<u32, Vec<Line>> {
 }
 
 /// What a command in the guest wrote, which ends with base64 of gzip.
-fn unpacked(guest: &TestGuest, command: &str) -> Vec<u8> {
+pub(crate) fn unpacked(guest: &TestGuest, command: &str) -> Vec<u8> {
     let packed = guest.run_for(command, LISTING).unwrap();
     let mut child = Command::new("sh")
         .args(["-c", "base64 -d | gzip -dc"])

@@ -2,15 +2,12 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::time::Duration;
 
 use xftrace::symfiles::{Kind, Known};
 use xftrace_lab::{Backing, Domain};
 
 use crate::lab::TestGuest;
-
-/// Some megabytes over an emulated serial port.
-const LISTING: Duration = Duration::from_secs(180);
+use crate::plain::unpacked;
 
 /// The symbols of code of a System.map or /proc/kallsyms, each once.
 fn code(text: &str) -> BTreeSet<(u64, &str)> {
@@ -46,8 +43,8 @@ fn a_stock_kernel_is_known(kernel: &str, name: &str) {
     assert_eq!(image.banner.as_deref(), Some(version.trim_end()));
     // Data is most of it, and the serial port is slow: of data only two.
     let command = "echo 0 >/proc/sys/kernel/kptr_restrict; \
-        grep -E ' [tTwW] [^[]*$| (linux_banner|_end)$' /proc/kallsyms";
-    let listing = guest.run_for(command, LISTING).unwrap().success().unwrap();
+        grep -E ' [tTwW] [^[]*$| (linux_banner|_end)$' /proc/kallsyms | gzip -c | base64";
+    let listing = String::from_utf8(unpacked(&guest, command)).unwrap();
     let there = code(&listing);
     let text = there
         .iter()

@@ -4,9 +4,7 @@ use std::time::Duration;
 
 use xftrace::callflow::{events, Kernels, Limits, Tally};
 use xftrace::session::Session;
-use xftrace_lab::{Backing, Domain};
 
-use crate::lab::TestGuest;
 use crate::traced::Traced;
 
 /// What the guest may take to notice a command.
@@ -118,24 +116,4 @@ fn off_puts_the_guests_tracer_back() {
     assert_eq!(tracer(&guest), "function_graph");
     guest.off();
     assert_eq!(tracer(&guest), "nop");
-}
-
-/// The other machine type, and page tables of four levels.
-#[test]
-fn a_guest_with_four_levels_of_page_tables_is_traced() {
-    let guest = Traced::start(TestGuest::define(&Domain {
-        backing: Backing::File,
-        machine: "q35".to_owned(),
-        cpu: "max,-la57".to_owned(),
-        ..Domain::new("four-levels")
-    }));
-    guest.on(&["sys_openat", "sys_read"]);
-    let pid = work(&guest);
-    let session = guest.off();
-    let levels: Vec<u8> = session.meta.boots.iter().map(|boot| boot.levels).collect();
-    assert_eq!(levels, [4]);
-    assert_eq!(
-        tally(&session).roots_of("__x64_sys_read", Some(pid)),
-        ROUNDS
-    );
 }

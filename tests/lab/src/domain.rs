@@ -8,7 +8,8 @@ use anyhow::{bail, Result};
 pub(crate) const EMULATOR: &str = "/var/cache/libvirt/lab-qemu";
 
 /// How a domain's memory is backed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Backing {
     /// QEMU's own: no `<memoryBacking>`. What `xftrace enroll` starts from.
     Anon,
@@ -49,6 +50,16 @@ pub struct Domain {
     /// Memory, in MiB.
     #[arg(long, value_name = "MIB", default_value_t = 256)]
     pub memory: u64,
+    /// NUMA cells that its CPUs and its memory are in, in equal parts; 0 for
+    /// no cells at all.
+    #[arg(long, default_value_t = 0)]
+    pub cells: u32,
+    /// Empty slots for memory modules. A machine that has some has a cell.
+    #[arg(long, default_value_t = 0)]
+    pub slots: u32,
+    /// Whether it has a balloon.
+    #[arg(long)]
+    pub balloon: bool,
     /// How its memory is backed.
     #[arg(long, value_enum, default_value_t = Backing::Anon)]
     pub backing: Backing,
@@ -72,6 +83,9 @@ impl Domain {
             cpu: "max".to_owned(),
             vcpus: 2,
             memory: 256,
+            cells: 0,
+            slots: 0,
+            balloon: false,
             backing: Backing::Anon,
             append: String::new(),
             metadata: String::new(),
@@ -105,7 +119,7 @@ impl Domain {
             "\
 <domain type='{accel}'>
   <name>{name}</name>
-{metadata}  <memory unit='MiB'>{memory}</memory>
+{metadata}{most}  <memory unit='MiB'>{memory}</memory>
 {backing}  <vcpu>{vcpus}</vcpu>
   <os>
     <type arch='x86_64' machine='{machine}'>hvm</type>
@@ -123,13 +137,15 @@ impl Domain {
     <controller type='usb' model='none'/>
     <serial type='file'><source path='{console}'/><target port='0'/></serial>
     <serial type='unix'><source mode='bind' path='{agent}'/><target port='1'/></serial>
-    <memballoon model='none'/>
+    <memballoon model='{balloon}'/>
   </devices>
 </domain>
 ",
             name = escape(&self.name),
             emulator = escape(places.emulator),
+            most = self.most_memory(),
             memory = self.memory,
+            balloon = if self.balloon { "virtio" } else { "none" },
             vcpus = self.vcpus,
             machine = escape(&self.machine),
             append = escape(&self.append),
@@ -163,7 +179,40 @@ impl Domain {
             };
             xml += &format!("<feature policy='{policy}' name='{}'/>", escape(feature));
         }
-        Ok(xml + "</cpu>")
+        Ok(xml + &self.cells_xml()? + "</cpu>")
+    }
+
+    /// What its memory may grow to: each slot has room for a GiB.
+    fn most_memory(&self) -> String {
+        let most = self.memory + (u64::from(self.slots) << 10);
+        match self.slots {
+            0 => String::new(),
+            slots => format!("  <maxMemory slots='{slots}' unit='MiB'>{most}</maxMemory>\n"),
+        }
+    }
+
+    fn cells_xml(&self) -> Result<String> {
+        // libvirt wants a cell where there are slots.
+        let cells = self.cells.max(u32::from(self.slots > 0));
+        if cells == 0 {
+            return Ok(String::new());
+        }
+        let (cpus, memory) = (self.vcpus / cells, self.memory / u64::from(cells));
+        if self.vcpus % cells != 0 || self.memory % u64::from(cells) != 0 {
+            bail!(
+                "the CPUs and memory of '{}' do not make {cells} equal cells",
+                self.name
+            );
+        }
+        let cell = |id| {
+            let first = id * cpus;
+            let last = first + cpus - 1;
+            format!("<cell id='{id}' cpus='{first}-{last}' memory='{memory}' unit='MiB'/>")
+        };
+        Ok(format!(
+            "<numa>{}</numa>",
+            (0..cells).map(cell).collect::<String>()
+        ))
     }
 }
 

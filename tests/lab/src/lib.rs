@@ -21,6 +21,7 @@ mod domain;
 mod guest;
 mod hugepages;
 mod lab;
+mod table;
 
 use std::time::{Duration, Instant};
 
@@ -32,6 +33,7 @@ pub use domain::{Backing, Domain, KERNEL};
 pub use guest::Guest;
 pub use hugepages::HugePages;
 pub use lab::{Lab, Options};
+pub use table::{markdown, rows, Meanwhile, Ring, Row, Shows};
 
 /// Asks until there is an answer.
 ///
