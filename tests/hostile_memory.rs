@@ -141,30 +141,6 @@ fn memory_full_of_kernels_takes_bounded_time_and_memory() {
 }
 
 #[test]
-fn copies_of_a_kernel_are_limited() {
-    // The whole image, tables and all, at 64 places, each true to itself.
-    let plan = Plan {
-        ram: 1 << 30,
-        slide: 0,
-        ..Plan::default()
-    };
-    let ram = VecRam::new(Layout::flat(plan.ram).expect("a layout"));
-    let mut guest = Guest::load(plan.clone(), ram);
-    for i in 1..64 {
-        let phys_text = plan.phys_text + i * (8 << 20);
-        guest = Guest::load(
-            Plan {
-                phys_text,
-                ..plan.clone()
-            },
-            guest.ram,
-        );
-    }
-    let kernels = guest.find().expect("kernels");
-    assert_eq!(kernels.len(), 16);
-}
-
-#[test]
 fn finding_allocates_nothing_in_the_guest() {
     let guest = Guest::of(Plan {
         ram: 256 << 20,

@@ -187,11 +187,13 @@ fn lists_filtered_differently_are_of_one_build() {
     let map = padded.plan.system_map() + &padding.collect::<String>();
     let symbols = Symbols::parse(map.into()).expect("a System.map");
     find_all(&padded.ram, &symbols).expect("the same build");
+    // Behind the first function, in the order of addresses.
+    let table = padded.gpa_of("kallsyms_offsets").0;
     padded.ram.poke_u32(padded.gpa_of("kallsyms_num_syms"), 65);
-    padded.ram.poke_u32(
-        Gpa(padded.gpa_of("kallsyms_offsets").0 + 64 * 4),
-        -0xf1i32 as u32,
-    );
+    padded.ram.poke_u32(Gpa(table + 4), -0xf1i32 as u32);
+    for (at, (_, offset)) in (2u64..).zip(padded.plan.functions.iter().skip(1)) {
+        padded.ram.poke_u32(Gpa(table + at * 4), !*offset as u32);
+    }
     find_all(&padded.ram, &symbols).expect("the same build");
     // Half of them missing is no filter.
     let half = Guest::new();

@@ -11,14 +11,23 @@
 //! image of a kernel that ran before a reboot passes too, until somebody
 //! reuses its memory; therefore all are returned, and the caller takes the
 //! one that lives.
+//!
+//! Whoever has the guest's kernel can plant the text at every such place, and
+//! pass any of the checks too. It must neither hide the true kernel nor cost
+//! the host much. So each place is looked at on its own, no number of false
+//! ones ends the search, and a place costs little: the checks are a few small
+//! copies, and the list of functions is read only as far as it is right. The
+//! work is bounded by the guest's RAM, at less than a millisecond for each
+//! 2 MiB of it, and that only where all of it was planted with care.
 
+use std::cell::LazyCell;
 use std::fmt;
 use std::sync::Once;
 
 use crate::ram::{Gpa, GuestRam, RamError};
 
 use super::escape::escape;
-use super::identify::{self, FunctionTable, Image};
+use super::identify::{self, FunctionTable, Functions, Image};
 use super::scan::{self, BANNER};
 use super::{Gva, Kernel, PageTables, Symbols};
 
@@ -36,10 +45,10 @@ const IMAGE_SPACE: u64 = 1 << 30;
 /// 200 bytes in Debian's.
 const MAX_BANNER: usize = 1024;
 
-/// How many kernels are returned, and how many places are examined closely:
-/// a guest can fill its memory with things that look like kernels.
-const MAX_KERNELS: usize = 16;
-const MAX_EXAMINED: usize = 256;
+/// How many kernels are returned. Each has 2 MiB of RAM that passes every check:
+/// who can plant so many has no need to hide the true one among them, for
+/// a single copy that lives is as good.
+const MAX_KERNELS: usize = 4096;
 
 /// What a place that has the right banner must pass to be a kernel, in the
 /// order in which it is checked.
@@ -136,7 +145,7 @@ pub enum FindError {
 }
 
 /// Every kernel in guest RAM that `symbols` belong to and that passes all
-/// checks, most convincing first; never empty.
+/// checks, by their addresses; never empty.
 ///
 /// Where there is none, memory is searched for what is there instead, which
 /// takes about a second for each GiB in use. A caller that waits for a
@@ -184,10 +193,7 @@ pub fn probe(ram: &dyn GuestRam, symbols: &Symbols) -> Result<Vec<Kernel>, FindE
 pub fn has_banner(ram: &dyn GuestRam, offset: u64, banner: Option<&str>) -> Result<bool, RamError> {
     let mut at = Gpa(0);
     let mut found = false;
-    for _ in 0..MAX_EXAMINED {
-        let Some(base) = next_candidate(ram, offset, at) else {
-            break;
-        };
+    while let Some(base) = next_candidate(ram, offset, at) {
         let text = scan::read_banner(ram, Gpa(base.0.saturating_add(offset)), MAX_BANNER);
         let is = |wanted: &str| {
             text.as_ref()
@@ -217,7 +223,6 @@ pub fn banners(ram: &dyn GuestRam) -> Result<Vec<String>, RamError> {
 
 /// What [`search`] found.
 struct Found {
-    /// Most convincing first.
     kernels: Vec<Kernel>,
     /// Of the places that were no kernels, the one that came furthest.
     rejected: Option<Rejected>,
@@ -238,7 +243,8 @@ impl Rejected {
             banner,
             check,
         } = self;
-        match identify::compare_functions(ram, symbols, image) {
+        let functions = Functions::of(symbols);
+        match identify::compare_functions(ram, symbols, &functions, image) {
             FunctionTable::Other => FindError::OtherBuild { banner },
             table => FindError::Unfinished {
                 gpa: image.base,
@@ -253,15 +259,13 @@ impl Rejected {
 fn search(ram: &dyn GuestRam, symbols: &Symbols) -> Result<Found, FindError> {
     static SAID: Once = Once::new();
     let anchors = Anchors::new(symbols)?;
-    let mut convincing = Vec::new();
+    let functions = LazyCell::new(|| Functions::of(symbols));
+    let mut kernels = Vec::new();
     let mut rejected: Option<Rejected> = None;
-    let mut examined = 0;
     let mut at = Gpa(0);
     while let Some(base) = next_candidate(ram, anchors.banner, at) {
-        examined += 1;
-        if examined > MAX_EXAMINED || convincing.len() >= MAX_KERNELS {
-            // A guest can fill its memory for good, and is looked at again and
-            // again.
+        if kernels.len() >= MAX_KERNELS {
+            // It is looked at again and again.
             SAID.call_once(|| {
                 log::warn!(
                     "the guest's memory is full of what looks like kernels; stopped looking at \
@@ -270,8 +274,8 @@ fn search(ram: &dyn GuestRam, symbols: &Symbols) -> Result<Found, FindError> {
             });
             break;
         }
-        match examine(ram, symbols, &anchors, base) {
-            Some(Ok(kernel)) => convincing.push(kernel),
+        match examine(ram, symbols, &anchors, &functions, base) {
+            Some(Ok(kernel)) => kernels.push(kernel),
             Some(Err(next)) if rejected.as_ref().is_none_or(|last| next.check > last.check) => {
                 rejected = Some(next);
             }
@@ -283,9 +287,6 @@ fn search(ram: &dyn GuestRam, symbols: &Symbols) -> Result<Found, FindError> {
         at = next;
     }
     ram.check()?;
-    // Those whose list of functions was there to be compared come first.
-    convincing.sort_by_key(|&(_, compared)| !compared);
-    let kernels = convincing.into_iter().map(|(kernel, _)| kernel).collect();
     Ok(Found { kernels, rejected })
 }
 
@@ -319,8 +320,9 @@ fn examine(
     ram: &dyn GuestRam,
     symbols: &Symbols,
     anchors: &Anchors,
+    functions: &LazyCell<Functions, impl FnOnce() -> Functions>,
     base: Gpa,
-) -> Option<Result<(Kernel, bool), Rejected>> {
+) -> Option<Result<Kernel, Rejected>> {
     let at = |offset: u64| Gpa(base.0.saturating_add(offset));
     let banner = scan::read_banner(ram, at(anchors.banner), MAX_BANNER)?;
     let banner = escape(&banner.text);
@@ -377,11 +379,12 @@ fn examine(
         link_text: anchors.text,
         span: anchors.span,
     };
-    Some(match identify::compare_functions(ram, symbols, image) {
-        FunctionTable::Same => Ok((kernel, true)),
-        FunctionTable::Unknown => Ok((kernel, false)),
-        FunctionTable::Other => Err(rejected(Check::FunctionTable)),
-    })
+    Some(
+        match identify::compare_functions(ram, symbols, functions, image) {
+            FunctionTable::Same | FunctionTable::Unknown => Ok(kernel),
+            FunctionTable::Other => Err(rejected(Check::FunctionTable)),
+        },
+    )
 }
 
 /// The runtime address of `_text`, by the definition of `phys_base`:

@@ -9,6 +9,10 @@
 //!
 //! This guards against mistakes. A hostile kernel can answer as it likes.
 
+use std::ops::Range;
+
+use memchr::memmem;
+
 use crate::ram::{Gpa, GuestRam};
 
 use super::find::STEP;
@@ -18,8 +22,12 @@ use super::{Gva, Symbols};
 /// million.
 const MAX_SYMBOLS: u32 = 4 << 20;
 
-/// How many entries of the list are copied at a time.
-const CHUNK: usize = 16 << 10;
+/// How many entries of the list are copied at a time: a list that differs
+/// early costs no more than that.
+const CHUNK: usize = 1 << 10;
+
+/// How many symbols may lie before the first function, those of per-CPU data.
+const MAX_BEFORE: usize = 64 << 10;
 
 /// Larger than `struct task_struct` (some 9 KiB with everything on).
 const MAX_TASK: usize = 32 << 10;
@@ -68,8 +76,40 @@ pub(super) fn is_proc_banner(ram: &dyn GuestRam, gpa: Gpa) -> bool {
 pub(super) fn is_init_task(ram: &dyn GuestRam, gpa: Gpa) -> bool {
     let room = ram.layout().place(gpa).map_or(0, |place| place.contiguous);
     let mut bytes = vec![0; MAX_TASK.min(usize::try_from(room).unwrap_or(MAX_TASK))];
-    let named = |bytes: &[u8]| bytes.starts_with(b"swapper\0") || bytes.starts_with(b"swapper/0\0");
-    ram.read(gpa, &mut bytes).is_ok() && bytes.windows(10).any(named)
+    if ram.read(gpa, &mut bytes).is_err() {
+        return false;
+    }
+    memmem::find_iter(&bytes, "swapper").any(|at| {
+        let name = bytes.get(at..).unwrap_or_default();
+        name.starts_with(b"swapper\0") || name.starts_with(b"swapper/0\0")
+    })
+}
+
+/// Where System.map has functions: what a kernel's own list is compared with.
+/// Made once for a search, for a guest can have many places compared.
+pub(super) struct Functions {
+    /// Where functions begin.
+    starts: Vec<Gva>,
+    /// Where anything in the code has a name. Some versions list the
+    /// compiler's padding in one of the two lists.
+    all: Vec<Gva>,
+    text: Range<Gva>,
+}
+
+impl Functions {
+    pub(super) fn of(symbols: &Symbols) -> Self {
+        Self {
+            starts: symbols.function_starts().collect(),
+            all: symbols.text_addresses().collect(),
+            text: symbols.text(),
+        }
+    }
+
+    /// How many entries the list of the same build can have up to the end of
+    /// its code, even if each address has another name too.
+    fn most(&self) -> usize {
+        MAX_BEFORE.saturating_add(self.all.len().saturating_mul(2))
+    }
 }
 
 /// Compares the addresses of functions in the kernel's kallsyms tables with
@@ -78,7 +118,10 @@ pub(super) fn is_init_task(ram: &dyn GuestRam, gpa: Gpa) -> bool {
 ///
 /// Corresponds to `kallsyms_sym_address()`, kernel/kallsyms.c: with
 /// CONFIG_KALLSYMS_ABSOLUTE_PERCPU (x86 up to 6.14) an offset below 0 stands
-/// for `relative_base - 1 - offset`; without, it is added to the base.
+/// for `relative_base - 1 - offset`; without, it is added to the base. The
+/// table is in the order of addresses, for the kernel looks names up in it by
+/// halves. So both lists are gone through side by side, and no further than to
+/// where they cannot be of one build any more.
 ///
 /// System.map and kallsyms are filtered differently, so each may lack some
 /// symbols of the other. But in one build, only one of the two does: if each
@@ -86,6 +129,7 @@ pub(super) fn is_init_task(ram: &dyn GuestRam, gpa: Gpa) -> bool {
 pub(super) fn compare_functions(
     ram: &dyn GuestRam,
     symbols: &Symbols,
+    functions: &Functions,
     image: Image,
 ) -> FunctionTable {
     let tables = [
@@ -97,62 +141,22 @@ pub(super) fn compare_functions(
         return FunctionTable::Unknown;
     }
     // Where the tables should be and cannot be read, nothing is the same.
-    let tables = read_offsets(ram, symbols, image).zip(relative_base(ram, symbols, image));
-    let Some((offsets, base)) = tables else {
-        return FunctionTable::Other;
-    };
-    // Some versions list the compiler's padding symbols in one of the two.
-    let ours: Vec<Gva> = symbols.function_starts().collect();
-    let all: Vec<Gva> = symbols.text_addresses().collect();
-    let text = symbols.text();
-    let compare = |address_of: &dyn Fn(i32) -> u64| {
-        let addresses = offsets.iter().map(|&offset| Gva(address_of(offset)));
-        let mut theirs: Vec<Gva> = addresses.filter(|link| text.contains(link)).collect();
-        theirs.sort_unstable();
-        theirs.dedup();
-        let shared = shared(&ours, &theirs);
-        let known = self::shared(&all, &theirs);
-        (shared, ours.len() - shared, theirs.len() - known)
-    };
-    let percpu = |offset: i32| match offset {
-        0.. => u64::from(offset.unsigned_abs()),
-        _ => base
-            .wrapping_sub(1)
-            .wrapping_add(u64::from(offset.unsigned_abs())),
-    };
-    let plain = |offset: i32| base.wrapping_add(u64::from(offset as u32));
-    let (shared, ours_only, theirs_only) = compare(&percpu).max(compare(&plain));
-    // What only one of the two lists, marks and such, is little.
-    let alike = shared > 0 && ours_only <= shared / 10 && theirs_only <= shared / 10;
-    if alike && (ours_only == 0 || theirs_only == 0) {
+    if is_same(ram, symbols, functions, image) == Some(true) {
         FunctionTable::Same
     } else {
         FunctionTable::Other
     }
 }
 
-/// How many of `ours` are in `theirs` too; both are sorted.
-fn shared(ours: &[Gva], theirs: &[Gva]) -> usize {
-    let mut theirs = theirs.iter().peekable();
-    let found = |address: &&Gva| {
-        while theirs.next_if(|other| other < address).is_some() {}
-        theirs.peek() == Some(address)
-    };
-    ours.iter().filter(found).count()
-}
-
-/// The link-time value of `kallsyms_relative_base`, which is the lowest
-/// address that kallsyms lists: `_text` or close to it. What KASLR has added
-/// to it, if it has already, is a multiple of [`STEP`].
-fn relative_base(ram: &dyn GuestRam, symbols: &Symbols, image: Image) -> Option<u64> {
-    let at = image.gpa(symbols.address("kallsyms_relative_base")?)?;
-    let slid = ram.read_u64(at).ok()?;
-    let text = image.link_text.0;
-    Some(text.wrapping_add(slid.wrapping_sub(text) % STEP))
-}
-
-/// Copies `kallsyms_offsets`, if the kernel has it where System.map says.
-fn read_offsets(ram: &dyn GuestRam, symbols: &Symbols, image: Image) -> Option<Vec<i32>> {
+/// Whether the kernel's list has the functions of System.map. `None`: it has
+/// no list where System.map says.
+fn is_same(
+    ram: &dyn GuestRam,
+    symbols: &Symbols,
+    functions: &Functions,
+    image: Image,
+) -> Option<bool> {
+    let base = relative_base(ram, symbols, image)?;
     let count = ram
         .read_u32(image.gpa(symbols.address("kallsyms_num_syms")?)?)
         .ok()?;
@@ -163,15 +167,121 @@ fn read_offsets(ram: &dyn GuestRam, symbols: &Symbols, image: Image) -> Option<V
     if count == 0 || count > MAX_SYMBOLS || image.gpa(last).is_none() {
         return None;
     }
-    let mut offsets = Vec::with_capacity(count as usize);
+    let percpu = |offset: i32| match offset {
+        0.. => u64::from(offset.unsigned_abs()),
+        _ => base
+            .wrapping_sub(1)
+            .wrapping_add(u64::from(offset.unsigned_abs())),
+    };
+    let plain = |offset: i32| base.wrapping_add(u64::from(offset as u32));
+    let mut forms = (Comparison::new(functions), Comparison::new(functions));
+    let most = functions.most().min(count as usize);
     let mut bytes = vec![0; CHUNK * 4];
-    while offsets.len() < count as usize {
-        let now = CHUNK.min(count as usize - offsets.len()) * 4;
+    let mut done = 0;
+    while done < most && (forms.0.goes_on() || forms.1.goes_on()) {
+        let now = CHUNK.min(most - done) * 4;
         let part = bytes.get_mut(..now)?;
-        let at = start.checked_add(offsets.len() as u64 * 4)?;
-        ram.read(at, part).ok()?;
-        let words = part.chunks_exact(4).filter_map(|word| word.try_into().ok());
-        offsets.extend(words.map(i32::from_le_bytes));
+        ram.read(start.checked_add(done as u64 * 4)?, part).ok()?;
+        for word in part.chunks_exact(4).filter_map(|word| word.try_into().ok()) {
+            let offset = i32::from_le_bytes(word);
+            forms.0.next(Gva(percpu(offset)));
+            forms.1.next(Gva(plain(offset)));
+        }
+        done += now / 4;
     }
-    Some(offsets)
+    Some(forms.0.ends_alike() || forms.1.ends_alike())
+}
+
+/// Two lists of addresses, ours and the guest's, side by side.
+struct Comparison<'a> {
+    functions: &'a Functions,
+    /// How many of our functions, and of all our names, were passed.
+    passed: (usize, usize),
+    last: Gva,
+    /// Functions that both have, that only we have, and that only they have.
+    shared: usize,
+    ours_only: usize,
+    theirs_only: usize,
+    state: Progress,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Progress {
+    InText,
+    /// The guest's list is past the end of the code.
+    Past,
+    Unlike,
+}
+
+impl<'a> Comparison<'a> {
+    fn new(functions: &'a Functions) -> Self {
+        Self {
+            functions,
+            passed: (0, 0),
+            last: Gva(0),
+            shared: 0,
+            ours_only: 0,
+            theirs_only: 0,
+            state: Progress::InText,
+        }
+    }
+
+    fn goes_on(&self) -> bool {
+        self.state == Progress::InText
+    }
+
+    /// Takes the next address of the guest's list.
+    fn next(&mut self, address: Gva) {
+        if !self.goes_on() || address == self.last {
+            return;
+        }
+        if address < self.last {
+            self.state = Progress::Unlike;
+            return;
+        }
+        self.last = address;
+        if address >= self.functions.text.end {
+            self.state = Progress::Past;
+        } else if address >= self.functions.text.start {
+            self.ours_only += skip(&self.functions.starts, &mut self.passed.0, address);
+            skip(&self.functions.all, &mut self.passed.1, address);
+            let is_next = |list: &[Gva], at| list.get(at) == Some(&address);
+            self.shared += usize::from(is_next(&self.functions.starts, self.passed.0));
+            self.passed.0 += usize::from(is_next(&self.functions.starts, self.passed.0));
+            self.theirs_only += usize::from(!is_next(&self.functions.all, self.passed.1));
+            if !self.may_be_alike(self.functions.starts.len()) {
+                self.state = Progress::Unlike;
+            }
+        }
+    }
+
+    /// Whether what only one of the lists has is little, and in one of them.
+    fn may_be_alike(&self, of: usize) -> bool {
+        let few = self.ours_only <= of / 10 && self.theirs_only <= of / 10;
+        few && (self.ours_only == 0 || self.theirs_only == 0)
+    }
+
+    /// What it comes to, when there is no more.
+    fn ends_alike(mut self) -> bool {
+        self.ours_only += self.functions.starts.len().saturating_sub(self.passed.0);
+        self.state != Progress::Unlike && self.shared > 0 && self.may_be_alike(self.shared)
+    }
+}
+
+/// Passes what lies before `address`, and says how much that is.
+fn skip(list: &[Gva], passed: &mut usize, address: Gva) -> usize {
+    let rest = list.get(*passed..).unwrap_or_default();
+    let before = rest.iter().take_while(|&&ours| ours < address).count();
+    *passed += before;
+    before
+}
+
+/// The link-time value of `kallsyms_relative_base`, which is the lowest
+/// address that kallsyms lists: `_text` or close to it. What KASLR has added
+/// to it, if it has already, is a multiple of [`STEP`].
+fn relative_base(ram: &dyn GuestRam, symbols: &Symbols, image: Image) -> Option<u64> {
+    let at = image.gpa(symbols.address("kallsyms_relative_base")?)?;
+    let slid = ram.read_u64(at).ok()?;
+    let text = image.link_text.0;
+    Some(text.wrapping_add(slid.wrapping_sub(text) % STEP))
 }
