@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
 use crate::kernel::control::SwitchState;
+use crate::ram::Gpa;
 use crate::session::{EndReason, Meta, Mode, State, META_FILE};
 
 use super::engine::Engine;
@@ -94,6 +95,18 @@ impl Engine {
             }
         }
         Ok(())
+    }
+
+    /// Where the guest's kernel was, by the session that a helper of this same
+    /// QEMU process left open.
+    pub(super) fn last_place(&self) -> Option<Gpa> {
+        let metas = self.sessions().into_iter().map(|dir| Meta::load(&dir).ok());
+        let mut open = metas.flatten().filter(|meta| {
+            meta.state != State::Closed
+                && meta.uuid == self.domain.uuid
+                && meta.qemu == self.attached.qemu
+        });
+        Some(Gpa(open.next()?.boots.last()?.phys_text))
     }
 
     /// Goes on with a session that a helper of this same QEMU process left

@@ -118,7 +118,7 @@ impl Engine {
             trace: None,
             last_session: None,
         };
-        Self {
+        let mut engine = Self {
             live: LiveXml::new(&config.paths.libvirt_run, &domain),
             domain,
             config,
@@ -141,7 +141,11 @@ impl Engine {
             resume_failed: 0,
             unsaved: Vec::new(),
             unsaved_at: Instant::now(),
+        };
+        if let Some(place) = engine.last_place() {
+            engine.watch.known_at(place);
         }
+        engine
     }
 
     /// What is asked of the helper from any thread.

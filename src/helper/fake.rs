@@ -82,6 +82,10 @@ pub(super) struct Setting {
     dir: tempfile::TempDir,
 }
 
+/// Where the kernel lies, and below it a copy of it that does not run.
+pub(super) const TRUE: Gpa = Gpa(0x100_0000);
+pub(super) const PLANTED: Gpa = Gpa(0x80_0000);
+
 impl Setting {
     /// A guest whose kernel was found, and is off.
     pub(super) fn new() -> Self {
@@ -99,7 +103,13 @@ impl Setting {
             ..Plan::default()
         };
         fs::write(dir.path().join("System.map"), plan.system_map()).expect("a file");
-        let guest = Guest::of(plan);
+        let planted = Plan {
+            phys_text: PLANTED.0,
+            ..plan.clone()
+        };
+        let planted = Guest::of(planted);
+        write_control(&planted, planted.gpa(Guest::SPARE));
+        let guest = Guest::load(plan, planted.ram);
         let control = guest.gpa(Guest::SPARE);
         write_control(&guest, control);
         let ram = Arc::new(guest.ram);
@@ -164,6 +174,27 @@ impl Setting {
     pub(super) fn state(&self) -> u32 {
         let at = Gpa(self.control.0 + at::STATE);
         self.ram.read_u32(at).expect("a state")
+    }
+
+    /// Makes the planted kernel's heart beat.
+    pub(super) fn beat_planted(&self) {
+        let control = PLANTED.0 + (self.control.0 - TRUE.0);
+        let beats = Gpa(control + at::BEATS);
+        let next = self.ram.read_u64(beats).expect("RAM") + 1;
+        self.ram.write_u64(beats, next).expect("written");
+    }
+
+    /// Gives the planted kernel a boot id of its own.
+    pub(super) fn plant_another_boot(&self) {
+        let control = PLANTED.0 + (self.control.0 - TRUE.0);
+        self.ram
+            .write_u64(Gpa(control + at::BOOT_ID), 7)
+            .expect("written");
+    }
+
+    /// Where the kernel lies that the helper follows.
+    pub(super) fn place(&self) -> Option<Gpa> {
+        Some(self.engine.watch.guest.as_ref()?.kernel.phys_text)
     }
 
     /// The guest says that it has booted.

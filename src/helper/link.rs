@@ -8,7 +8,7 @@
 use crate::kernel::control::{Control, ControlError, Heartbeat};
 use crate::kernel::stock::{Stock, StockError, TraceArray};
 use crate::kernel::{Kernel, Symbols};
-use crate::ram::{Gpa, GuestRam, RamError};
+use crate::ram::{GuestRam, RamError};
 use crate::ring::{RecordFormat, RingReader};
 use crate::session::Mode;
 
@@ -50,6 +50,20 @@ pub(crate) struct Pulse {
 }
 
 impl Link {
+    /// What a kernel that was found shows of its life, before it is met:
+    /// something that is another at each boot, and its beats. Costs two or
+    /// three words, however many kernels there seem to be.
+    pub(crate) fn vitals(
+        ram: &dyn GuestRam,
+        kernel: &Kernel,
+        symbols: &Symbols,
+    ) -> Result<Option<(u64, u64)>, RamError> {
+        if symbols.address("xftrace_control").is_some() {
+            return Control::vitals(ram, kernel, symbols);
+        }
+        Stock::vitals(ram, kernel, symbols)
+    }
+
     /// Meets a kernel that was found.
     pub(crate) fn attach(
         ram: &dyn GuestRam,
@@ -66,14 +80,6 @@ impl Link {
         match self {
             Self::Keyed(_) => Mode::Keyed,
             Self::Plain(_) => Mode::Plain,
-        }
-    }
-
-    /// Where it is: tells two kernels in the same memory apart.
-    pub(crate) fn place(&self) -> Gpa {
-        match self {
-            Self::Keyed(control) => control.keys(),
-            Self::Plain(stock) => stock.place(),
         }
     }
 

@@ -21,6 +21,7 @@
 
 mod attach;
 mod boots;
+mod candidates;
 mod clocks;
 mod engine;
 #[cfg(test)]

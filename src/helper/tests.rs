@@ -1,12 +1,13 @@
 //! What the engine does with a guest that does not go along.
 
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use crate::keys::Tamper;
 use crate::session::{EndReason, Meta, State, FINDINGS_FILE};
 
 use super::boots::MAX_BOOTS;
-use super::fake::{Setting, OFF, ON, STOPPED};
+use super::fake::{Setting, OFF, ON, PLANTED, STOPPED, TRUE};
 use super::protocol::{Reply, Request};
 
 /// The domain's sessions, newest first.
@@ -324,4 +325,63 @@ fn a_guest_that_is_gone_is_not_waited_for() {
     let reply = setting.ask(Request::Off);
     assert!(matches!(reply, Reply::Off { left: None, .. }), "{reply:?}");
     assert!(begun.elapsed().as_secs() < 4, "{:?}", begun.elapsed());
+}
+
+/// Round after round for a while, in which a planted kernel lives too.
+fn with_planted(setting: &mut Setting, time: Duration) {
+    let begun = std::time::Instant::now();
+    setting.until("the end of it", |setting| {
+        setting.beat_planted();
+        begun.elapsed() >= time
+    });
+}
+
+/// All of it is as in a guest that was paused, and the planted kernel is the
+/// first one whose heart beats again.
+#[test]
+fn a_planted_kernel_does_not_win_over_the_attached_one() {
+    let mut setting = Setting::new();
+    assert_eq!(setting.place(), Some(TRUE));
+    setting.plant_another_boot();
+    with_planted(&mut setting, Duration::from_millis(700));
+    assert_eq!(setting.place(), Some(TRUE));
+    setting.knobs.dead.store(true, Ordering::Release);
+    let begun = std::time::Instant::now();
+    setting.until("some searches", |_| {
+        begun.elapsed() > Duration::from_secs(3)
+    });
+    with_planted(&mut setting, Duration::from_millis(400));
+    setting.knobs.dead.store(false, Ordering::Release);
+    with_planted(&mut setting, Duration::from_secs(1));
+    assert_eq!(setting.place(), Some(TRUE));
+    // Where the true one is silent for good, it was a reboot as far as one sees.
+    setting.knobs.dead.store(true, Ordering::Release);
+    setting.until("the other", |setting| {
+        setting.beat_planted();
+        setting.place() == Some(PLANTED)
+    });
+}
+
+#[test]
+fn a_helper_that_takes_over_goes_on_with_the_kernel_where_it_was() {
+    let mut setting = Setting::new();
+    assert!(matches!(setting.on(), Reply::On { .. }));
+    setting.killed_and_started();
+    setting.until("a kernel", |setting| {
+        setting.beat_planted();
+        setting.place().is_some()
+    });
+    assert_eq!(setting.place(), Some(TRUE));
+    setting.until("the session", |setting| setting.engine.trace.is_some());
+    assert!(matches!(setting.ask(Request::Off), Reply::Off { .. }));
+
+    // Without a session nothing tells them apart: that is told, once.
+    setting.killed_and_started();
+    assert!(!setting.engine.watch.rivals_told);
+    setting.until("a kernel", |setting| {
+        setting.beat_planted();
+        setting.place().is_some()
+    });
+    assert_eq!(setting.place(), Some(PLANTED));
+    assert!(setting.engine.watch.rivals_told);
 }

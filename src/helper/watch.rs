@@ -4,9 +4,9 @@
 //! in memory, whole; and a hostile guest can plant as many as it likes. What
 //! tells the one that runs is that its heart beats: the count in its control
 //! block grows, or, in a kernel without the patch, its count of ticks. So a
-//! kernel is taken only once two looks at it differ.
+//! kernel is taken only once two looks at it differ; see [`super::candidates`]
+//! for when more than one of them lives.
 
-use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
@@ -17,11 +17,13 @@ use crate::kernel::{find_all, Kernel, Symbols};
 use crate::ram::{Gpa, GuestRam, RamError};
 use crate::session::ClockPair;
 
+use super::candidates::Candidates;
 use super::clocks::Clocks;
 use super::link::{Link, Pulse};
 use super::sources::{Fitting, Sources};
 
-/// How often memory is searched for a kernel.
+/// How often memory is searched for a kernel; less often where that takes
+/// longer, so that a guest cannot make it our only work.
 const SEARCH_EVERY: Duration = Duration::from_millis(250);
 /// A heart that stands still for longer may have stopped: search again.
 const SILENT: Duration = Duration::from_secs(2);
@@ -99,9 +101,11 @@ pub(super) struct Watch {
     pub(super) why: String,
     last: Option<Pulse>,
     beat_at: Instant,
-    searched: Option<Instant>,
-    /// Kernels seen, whose hearts did not beat yet: where, boot id, beats.
-    candidates: HashMap<(Gpa, u64), u64>,
+    /// When memory may be searched again.
+    search_at: Instant,
+    candidates: Candidates,
+    /// Whether it was told that more than one lives.
+    pub(super) rivals_told: bool,
     clocks: Clocks,
 }
 
@@ -117,8 +121,9 @@ impl Watch {
             why: "not looked yet".to_owned(),
             last: None,
             beat_at: Instant::now(),
-            searched: None,
-            candidates: HashMap::new(),
+            search_at: Instant::now(),
+            candidates: Candidates::default(),
+            rivals_told: false,
             clocks: Clocks::default(),
         }
     }
@@ -167,18 +172,26 @@ impl Watch {
         if self.silent() > SILENT {
             return self.search(ram);
         }
+        self.candidates.clear();
         Ok(Seen::Same)
     }
 
     /// Looks for a kernel that lives, now and then.
     fn search(&mut self, ram: &dyn GuestRam) -> Result<Seen, RamError> {
-        if self.searched.is_some_and(|at| at.elapsed() < SEARCH_EVERY) {
+        let begun = Instant::now();
+        if begun < self.search_at {
             return Ok(Seen::Same);
         }
-        self.searched = Some(Instant::now());
-        let current = self.guest.as_ref().map(|guest| guest.link.boot_id());
-        let Fitting { found, mut why } = self.sources.fitting(ram)?;
-        let mut seen = HashMap::new();
+        let seen = self.search_now(ram);
+        let rest = begun.elapsed().max(SEARCH_EVERY);
+        self.search_at = Instant::now() + rest;
+        seen
+    }
+
+    fn search_now(&mut self, ram: &dyn GuestRam) -> Result<Seen, RamError> {
+        let Fitting { mut found, mut why } = self.sources.fitting(ram)?;
+        found.sort_by_key(|(_, symbols)| symbols.address("kallsyms_offsets").is_none());
+        let mut there = Vec::new();
         for (path, symbols) in found {
             let kernels = match find_all(ram, &symbols) {
                 Ok(kernels) => kernels,
@@ -188,7 +201,25 @@ impl Watch {
                 }
             };
             for kernel in kernels {
-                let link = match Link::attach(ram, &kernel, &symbols) {
+                if let Some((boot, beats)) = Link::vitals(ram, &kernel, &symbols)? {
+                    self.candidates.note(kernel.phys_text, boot, beats);
+                }
+                there.push((kernel, Arc::clone(&symbols), path.clone()));
+            }
+        }
+        let living = self.candidates.living(self.guest.is_some());
+        // Where none lives, what is wrong with one of them may tell why.
+        let first = there.first().filter(|_| self.guest.is_none());
+        let first = first.map(|(kernel, ..)| kernel.phys_text);
+        let looked_at = if living.is_empty() {
+            first.as_slice()
+        } else {
+            &living
+        };
+        let current = self.guest.as_ref().map(|guest| guest.link.boot_id());
+        for place in looked_at {
+            for (kernel, symbols, path) in there.iter().filter(|at| at.0.phys_text == *place) {
+                let link = match Link::attach(ram, kernel, symbols) {
                     Ok(link) => link,
                     Err(error) => {
                         why = error
@@ -197,34 +228,42 @@ impl Watch {
                         continue;
                     }
                 };
-                let boot_id = link.boot_id();
-                if Some(boot_id) == current {
-                    continue;
-                }
-                let beats = link.pulse(ram)?.beats;
-                let place = (link.place(), boot_id);
-                if self
-                    .candidates
-                    .get(&place)
-                    .is_some_and(|before| *before != beats)
-                {
+                if living.is_empty() {
+                    "a kernel is there, and its heart has not beaten yet".clone_into(&mut why);
+                } else if Some(link.boot_id()) != current {
+                    self.tell_of_rivals(&living);
                     self.take(Guest {
-                        kernel,
+                        kernel: kernel.clone(),
                         link,
-                        symbols,
-                        symbols_path: path,
+                        symbols: Arc::clone(symbols),
+                        symbols_path: path.clone(),
                     });
                     return Ok(Seen::Booted);
                 }
-                why = "a kernel is there, and its heart has not beaten yet".to_owned();
-                seen.insert(place, beats);
             }
         }
-        self.candidates = seen;
         if self.guest.is_none() {
             self.why = why;
         }
         Ok(Seen::Same)
+    }
+
+    /// Says once what it means that more than one lives.
+    fn tell_of_rivals(&mut self, living: &[Gpa]) {
+        if let ([taken, _, ..], false) = (living, self.rivals_told) {
+            self.rivals_told = true;
+            log::warn!(
+                "{} kernels seem to live in the guest's memory: somebody who controls its kernel \
+                 keeps copies of it alive; took the one at {taken}, and what it tells may be \
+                 false (told once)",
+                living.len()
+            );
+        }
+    }
+
+    /// Where the guest's kernel was when somebody else followed it.
+    pub(super) fn known_at(&mut self, place: Gpa) {
+        self.candidates.known_at(place);
     }
 
     /// Guest memory could not be followed: what is known of the guest no longer
@@ -236,6 +275,7 @@ impl Watch {
     }
 
     fn take(&mut self, guest: Guest) {
+        self.candidates.known_at(guest.kernel.phys_text);
         self.guest = Some(guest);
         self.last = None;
         self.beat_at = Instant::now();

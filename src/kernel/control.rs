@@ -218,6 +218,27 @@ impl Control {
         })
     }
 
+    /// The boot id and the beats of a kernel that may have a control block,
+    /// where it has one: what it takes to see whether it lives.
+    ///
+    /// # Errors
+    /// If guest memory cannot be read.
+    pub fn vitals(
+        ram: &dyn GuestRam,
+        kernel: &Kernel,
+        symbols: &Symbols,
+    ) -> Result<Option<(u64, u64)>, RamError> {
+        let link = symbols.address("xftrace_control");
+        let Some(link) = link.filter(|&link| kernel.in_image(link)) else {
+            return Ok(None);
+        };
+        let word = |offset| ram.read_u64(Gpa(kernel.image_gpa(link).0.wrapping_add(offset)));
+        if word(at::MAGIC)? != MAGIC {
+            return Ok(None);
+        }
+        Ok(Some((word(at::BOOT_ID)?, word(at::GUEST)?)))
+    }
+
     /// Where `global_key` lies: the epoch (u64), then the slots (u64 each).
     pub fn keys(&self) -> Gpa {
         self.keys

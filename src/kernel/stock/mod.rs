@@ -188,9 +188,24 @@ impl Stock {
         Ok(stock)
     }
 
-    /// Where it is: tells this kernel from another one in the same memory.
-    pub fn place(&self) -> Gpa {
-        self.jiffies
+    /// Something that is another at each boot, and the count of ticks, of a
+    /// kernel that has not been looked at closely: what it takes to see whether
+    /// it lives.
+    ///
+    /// # Errors
+    /// If guest memory cannot be read.
+    pub fn vitals(
+        ram: &dyn GuestRam,
+        kernel: &Kernel,
+        symbols: &Symbols,
+    ) -> Result<Option<(u64, u64)>, RamError> {
+        let word = |name| {
+            let link = symbols.address(name).filter(|&at| kernel.in_image(at));
+            link.map(|link| ram.read_u64(kernel.image_gpa(link)))
+                .transpose()
+        };
+        let base = word("page_offset_base")?.unwrap_or(0);
+        Ok(word("jiffies_64")?.map(|ticks| (base ^ kernel.slide, ticks)))
     }
 
     /// The boot id as guest memory has it now.
