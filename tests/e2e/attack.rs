@@ -44,7 +44,7 @@ fn start(name: &str) -> Traced {
 }
 
 impl Traced {
-    fn sh(&self, command: &str) -> String {
+    pub(crate) fn sh(&self, command: &str) -> String {
         self.run(command).unwrap().success().unwrap()
     }
 

@@ -100,7 +100,7 @@ fn plain_addresses(code: &GuestCode<'_>, bytes: &[u8]) -> usize {
 }
 
 /// The guest's memory, as the helper sees it.
-fn memory(guest: &Traced) -> FileRam {
+pub(crate) fn memory(guest: &Traced) -> FileRam {
     let qemu = guest.qemu_pid().unwrap();
     let maps = fs::read_to_string(format!("/proc/{qemu}/maps")).expect("its mappings");
     let ram = maps.lines().find(|line| line.contains("/pc.ram"));

@@ -29,7 +29,7 @@ fn file_backed(name: &str) -> Domain {
 
 /// What a program has done that ran in the guest: `rwloop`, its process id
 /// there.
-fn reads_of(guest: &TestGuest, loops: u64) -> i32 {
+pub(crate) fn reads_of(guest: &TestGuest, loops: u64) -> i32 {
     let said = guest.run_for(&format!("rwloop {loops}"), SOON).unwrap();
     pid_of(&said.success().unwrap())
 }
@@ -80,7 +80,7 @@ fn is_running(pid: u32) -> bool {
     state.is_some_and(|state| state != b'Z')
 }
 
-fn signal(pid: u32, signal: Signal) {
+pub(crate) fn signal(pid: u32, signal: Signal) {
     kill(Pid::from_raw(i32::try_from(pid).unwrap()), signal).unwrap();
 }
 
@@ -92,13 +92,13 @@ impl Traced {
     }
 
     /// Waits until the status is as it should be.
-    fn until(&self, what: &str, condition: impl Fn(&Status) -> bool) -> Status {
+    pub(crate) fn until(&self, what: &str, condition: impl Fn(&Status) -> bool) -> Status {
         wait_for(SOON, || Ok(self.status().filter(&condition)))
             .unwrap_or_else(|_| panic!("{what}: {:#?}\n{}", self.status(), self.log()))
     }
 
     /// The helper's process as seen from here.
-    fn helper(&self) -> u32 {
+    pub(crate) fn helper(&self) -> u32 {
         let status = self.until("a helper", |_| true);
         self.lab().outer_pid(status.helper_pid).unwrap()
     }

@@ -33,11 +33,14 @@ impl Traced {
     /// The same with more options for `xftrace enroll`.
     pub(crate) fn start_with(guest: TestGuest, options: &[&str]) -> Traced {
         let dir = tempfile::tempdir().expect("a directory");
-        let artifacts = guest.lab().artifacts(guest.kernel());
+        let artifacts = guest.lab().artifacts(guest.kernel()).expect("a kernel");
+        // Of a stock kernel there is no other file.
+        let symbols = [artifacts.system_map, artifacts.bzimage];
+        let symbols = symbols.into_iter().find(|file| file.exists());
         guest
             .xftrace(dir.path())
             .args(["enroll", guest.name(), "--symbols"])
-            .arg(artifacts.expect("a kernel").system_map)
+            .arg(symbols.expect("a file with its symbols"))
             .args(options)
             .assert()
             .success();

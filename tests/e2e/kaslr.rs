@@ -1,0 +1,73 @@
+//! A kernel is found wherever its boot loader puts it, boot after boot.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use xftrace::kernel::Symbols;
+use xftrace::session::{Boot, Meta};
+use xftrace_lab::{wait_for, Backing, Domain};
+
+use crate::lab::TestGuest;
+use crate::traced::Traced;
+
+/// So many guests at a time, each booted so often. Most of the time between
+/// a reset and the kernel's being found, the helper waits for the old heart.
+const GUESTS: usize = 4;
+const BOOTS: usize = 5;
+/// Longer than a boot takes on a busy machine.
+const SOON: Duration = Duration::from_secs(60);
+
+#[test]
+fn guests_booted_twenty_times_are_found_twenty_times() {
+    let begun = Instant::now();
+    let guests = std::thread::scope(|scope| {
+        let start = |guest| scope.spawn(move || boots_of(&format!("kaslr{guest}")));
+        let guests: Vec<_> = (0..GUESTS).map(start).collect();
+        let join = |guest: std::thread::ScopedJoinHandle<Vec<Boot>>| guest.join().expect("boots");
+        guests.into_iter().flat_map(join).collect::<Vec<Boot>>()
+    });
+    assert_eq!(guests.len(), 20);
+    println!("20 boots in {:?}", begun.elapsed());
+
+    let different = |what: fn(&Boot) -> u64| guests.iter().map(what).collect::<BTreeSet<u64>>();
+    assert_eq!(different(|boot| boot.boot_id).len(), 20);
+    // Of hundreds of places in virtual memory, and of some hundred in memory.
+    let slides = different(|boot| boot.slide).len();
+    let places = different(|boot| boot.phys_text).len();
+    println!("{slides} slides, {places} places in memory");
+    assert!(slides > 10 && places > 10, "{slides} {places}");
+}
+
+/// Boots a guest that is traced all the while, and says where its kernel was
+/// found at each boot. What is found has a heart that beats and takes commands,
+/// so it is the true one.
+fn boots_of(name: &str) -> Vec<Boot> {
+    let traced = Traced::start(TestGuest::define(&Domain {
+        backing: Backing::File,
+        ..Domain::new(name)
+    }));
+    traced.on(&["sys_read"]);
+    let dir = traced.session().dir().to_owned();
+    let mut times = Vec::new();
+    for boots in 2..=BOOTS {
+        let reset = Instant::now();
+        traced.lab().virsh(&["reset", name]).unwrap();
+        let found = || {
+            let meta = Meta::load(&dir).ok();
+            Ok(meta.filter(|meta| meta.boots.len() == boots && meta.switches.len() == boots))
+        };
+        wait_for(SOON, found).unwrap_or_else(|_| panic!("boot {boots}: {}", traced.log()));
+        times.push(reset.elapsed());
+    }
+    println!("{name} from each reset until it is traced again: {times:.1?}");
+
+    // Where the guest itself says that its kernel is.
+    traced.wait_until_ready().unwrap();
+    let line = traced.sh("grep ' _text$' /proc/kallsyms");
+    let now = u64::from_str_radix(line.split(' ').next().unwrap(), 16).unwrap();
+    let map = traced.lab().artifacts(traced.kernel()).unwrap().system_map;
+    let link = Symbols::load(&map).unwrap().address("_text").unwrap().0;
+    let boots = traced.off().meta.boots;
+    assert_eq!(boots.last().unwrap().slide, now.wrapping_sub(link));
+    boots
+}
