@@ -1,38 +1,25 @@
 //! Follows a session while its helper writes it.
 //!
 //! A report can merge the CPUs by time because every file is there to its end.
-//! Here a file that has no more now may have more at any moment, with times
-//! before those that other CPUs' files already have. Nobody can wait for the
-//! slowest CPU: one without work writes nothing for hours.
-//!
-//! So items wait for a time of the host's. What the guest records is in its file
-//! at most [`SETTLE`] later (the helper drains every few milliseconds; the trace
-//! clocks of a guest's CPUs differ by less than the rest). At each look the newest guest time that was
-//! seen is noted, with the moment of the look; an item goes when it is not newer
-//! than what was noted `SETTLE` ago, for by then every CPU's file had what is
-//! older. No clock of the guest is compared with the host's. Should a file be
-//! later than that all the same (a host out of breath), its items come late, and
-//! nothing is lost. Nor can a guest that makes times up hold anything back: what
-//! it claims is the newest time too, and settles as any other.
+//! Here a file that has no more now may have more at any moment: what is read waits
+//! until it has [settled](super::settle).
 //!
 //! A file of which more is there than is held ([`HELD`]) is not read on until
 //! there is room: whoever follows may fall behind, and costs memory for no more
 //! than that. Items that are newer than the last one held of such a file wait
 //! for what comes next in it.
 
-use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap, VecDeque};
-use std::time::{Duration, Instant};
+use std::collections::BTreeMap;
+use std::time::Instant;
 
 use crate::keys::KlogReader;
 use crate::ring::record::Item;
 use crate::ring::Decoder;
 
+use super::settle::Settling;
 use super::store::ChunkReader;
 use super::{Boot, GuestCode, Meta, Session, SessionError, State, KLOG_FILE};
 
-/// How long after it was recorded a record is in its file at the latest.
-pub const SETTLE: Duration = Duration::from_millis(250);
 /// How many items are held for all CPUs together. Each may pass this by what is
 /// in one chunk.
 pub const HELD: usize = 1 << 19;
@@ -62,22 +49,15 @@ pub struct Follow<'a> {
     boot: usize,
     /// By CPU.
     streams: BTreeMap<u16, Stream>,
-    /// (time, CPU) of the first item of each stream that has one.
-    heads: BinaryHeap<Reverse<(u64, u16)>>,
-    /// The newest guest time in this boot.
-    newest: Option<u64>,
-    /// When which guest time was the newest, oldest first.
-    marks: VecDeque<(Instant, u64)>,
-    /// Not newer than this may go.
-    settled: Option<u64>,
+    /// What was read of it.
+    items: Settling,
 }
 
-/// The items of one CPU.
+/// The file of one CPU.
 #[derive(Debug)]
 struct Stream {
     chunks: ChunkReader,
     decoder: Decoder,
-    items: VecDeque<Item>,
     /// There may be more in the file than is held.
     more: bool,
 }
@@ -96,10 +76,7 @@ impl<'a> Follow<'a> {
             left: false,
             boot: 0,
             streams: BTreeMap::new(),
-            heads: BinaryHeap::new(),
-            newest: None,
-            marks: VecDeque::new(),
-            settled: None,
+            items: Settling::default(),
         })
     }
 
@@ -114,7 +91,7 @@ impl<'a> Follow<'a> {
 
     /// How many items are held now.
     pub fn held(&self) -> usize {
-        self.streams.values().map(|stream| stream.items.len()).sum()
+        self.items.held()
     }
 
     /// What the session says of itself now. Items of a boot are given only
@@ -151,8 +128,8 @@ impl<'a> Follow<'a> {
         let complete = closed || self.boot + 1 < self.meta.boots.len();
         self.open_streams(&boot)?;
         self.read(&boot)?;
-        self.mark(now);
-        let given = self.give(complete, give);
+        self.items.mark(now);
+        let given = self.items.give(complete, give);
 
         let more = self.streams.values().any(|stream| stream.more);
         if more || !complete {
@@ -165,10 +142,7 @@ impl<'a> Follow<'a> {
         }
         self.boot += 1;
         self.streams.clear();
-        self.heads.clear();
-        self.marks.clear();
-        self.newest = None;
-        self.settled = None;
+        self.items = Settling::default();
         Ok(if self.boot < self.meta.boots.len() {
             Look::More
         } else if closed {
@@ -188,7 +162,6 @@ impl<'a> Follow<'a> {
                 let stream = Stream {
                     chunks,
                     decoder: Decoder::new(boot.types, boot.number),
-                    items: VecDeque::new(),
                     more: false,
                 };
                 self.streams.insert(cpu, stream);
@@ -203,15 +176,14 @@ impl<'a> Follow<'a> {
     fn read(&mut self, boot: &Boot) -> Result<(), SessionError> {
         let half = self.room / 2;
         let share = (half / boot.nr_cpus.max(1) as usize).max(1);
-        let mut held = self.held();
         let code = GuestCode {
             symbols: self.session.symbols(boot)?,
             slide: boot.slide,
         };
+        let items = &mut self.items;
         for (&cpu, stream) in &mut self.streams {
-            let before = stream.items.len();
             stream.more = true;
-            while stream.items.len() < share || held < half {
+            while items.held_of(cpu) < share || items.held() < half {
                 let Some(chunk) = stream.chunks.next_chunk()? else {
                     stream.more = false;
                     break;
@@ -219,60 +191,13 @@ impl<'a> Follow<'a> {
                 // After the chunk: a key is on disk before the guest has it, so
                 // what is in the chunk has its key there by now.
                 self.keys.read_on()?;
-                let (items, newest) = (&mut stream.items, &mut self.newest);
+                let keys = self.keys.keys();
                 stream
                     .decoder
-                    .chunk(&chunk, self.keys.keys(), &code, &mut |item| {
-                        held += 1;
-                        *newest = (*newest).max(Some(item.time));
-                        items.push_back(item);
-                    });
+                    .chunk(&chunk, keys, &code, &mut |item| items.push(item));
             }
-            if let (0, Some(first)) = (before, stream.items.front()) {
-                self.heads.push(Reverse((first.time, cpu)));
-            }
+            items.expect_more(cpu, stream.more);
         }
         Ok(())
-    }
-
-    /// Notes how far things are, and what has settled.
-    fn mark(&mut self, now: Instant) {
-        let noted = self.marks.back().map(|&(_, newest)| newest);
-        if let Some(newest) = self.newest.filter(|_| self.newest > noted.or(self.settled)) {
-            self.marks.push_back((now, newest));
-        }
-        while let Some(&(when, newest)) = self.marks.front() {
-            if now.saturating_duration_since(when) < SETTLE {
-                break;
-            }
-            self.settled = Some(newest);
-            self.marks.pop_front();
-        }
-    }
-
-    /// Gives what has settled; of a boot that is complete, all that is known to
-    /// be in order. Returns how many went.
-    fn give(&mut self, complete: bool, give: &mut impl FnMut(Item)) -> usize {
-        let mut given = 0;
-        while let Some(&Reverse((time, cpu))) = self.heads.peek() {
-            if !complete && Some(time) > self.settled {
-                break;
-            }
-            self.heads.pop();
-            let Some(stream) = self.streams.get_mut(&cpu) else {
-                continue;
-            };
-            if let Some(item) = stream.items.pop_front() {
-                give(item);
-                given += 1;
-            }
-            match stream.items.front() {
-                Some(next) => self.heads.push(Reverse((next.time, cpu))),
-                // What comes next in its file may be the next of all.
-                None if stream.more => break,
-                None => {}
-            }
-        }
-        given
     }
 }

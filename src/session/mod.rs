@@ -23,10 +23,12 @@ mod maps;
 mod meta;
 mod place;
 mod read;
+mod settle;
 mod store;
 mod write;
 
 pub use follow::{Follow, Look, HELD, SETTLE};
+pub use follow::{Follow, Look, HELD};
 pub use maps::MapId;
 pub use meta::{
     Boot, ClockPair, Counters, EndReason, Finding, FindingKind, GuestCounts, Meta, Mode,
@@ -34,6 +36,8 @@ pub use meta::{
 };
 pub use place::{domain_dir, list, new_dir};
 pub use read::{is_module_address, GuestCode, Items, Session};
+pub(crate) use settle::Settling;
+pub use settle::SETTLE;
 pub use store::{ChunkReader, ChunkWriter};
 pub use write::SessionWriter;
 
