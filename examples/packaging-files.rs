@@ -65,7 +65,12 @@ fn man_pages(dir: &Path) -> io::Result<()> {
         .collect();
     for sub in visible(&top) {
         let mut sections = long_help(sub);
-        sections.extend(status.iter().cloned());
+        if !sections
+            .iter()
+            .any(|section| section.heading == "Exit status")
+        {
+            sections.extend(status.iter().cloned());
+        }
         let mut also = vec!["xftrace".to_owned()];
         also.extend(
             pages
@@ -87,6 +92,21 @@ fn page_name(sub: &Command) -> String {
     format!("xftrace-{}", sub.get_name())
 }
 
+/// What a command does that has commands of its own: they have no pages.
+fn actions(command: &Command, roff: &mut Roff) {
+    for (number, action) in visible(command).enumerate() {
+        if number == 0 {
+            roff.control("SH", ["ACTIONS"]);
+        }
+        let mut line = vec![action.get_name().to_owned()];
+        line.extend(action.get_positionals().map(Arg::to_string));
+        roff.control("TP", []);
+        roff.text([bold(line.join(" "))]);
+        let about = action.get_about().map(ToString::to_string);
+        roff.text([roman(about.unwrap_or_default())]);
+    }
+}
+
 /// One page, in the order of man-pages(7).
 fn page(
     dir: &Path,
@@ -105,11 +125,13 @@ fn page(
     man.render_synopsis_section(&mut out)?;
     man.render_description_section(&mut out)?;
     man.render_options_section(&mut out)?;
-    if visible(command).next().is_some() {
+    let mut roff = Roff::new();
+    if name == "xftrace" {
         man.render_subcommands_section(&mut out)?;
+    } else {
+        actions(command, &mut roff);
     }
 
-    let mut roff = Roff::new();
     for (title, of) in [
         ("NAMES", "Names"),
         ("EXIT STATUS", "Exit status"),

@@ -41,6 +41,10 @@ pub struct Config {
     pub at_start: bool,
     /// Domains that count as enrolled by their name alone.
     pub auto_enroll: AutoEnroll,
+    /// The baseline that a guest is checked against where nothing else is said;
+    /// empty for none.
+    #[serde(deserialize_with = "values::baseline")]
+    pub baseline: String,
     /// Where things lie.
     pub paths: Paths,
     /// What is too much.
@@ -56,6 +60,7 @@ impl Default for Config {
             interval: Duration::from_secs(1),
             at_start: false,
             auto_enroll: AutoEnroll::default(),
+            baseline: String::new(),
             paths: Paths::default(),
             limits: Limits::default(),
             log: Log::default(),
@@ -76,6 +81,9 @@ pub struct Paths {
     /// Symbols of guests' kernels: the store, and files that others put there.
     #[serde(deserialize_with = "values::absolute")]
     pub symbols: PathBuf,
+    /// What clean guests do, learnt by `xftrace baseline learn`.
+    #[serde(deserialize_with = "values::absolute")]
+    pub baselines: PathBuf,
     /// libvirt's own directory of PID files, `<libvirt_run>/<domain>.pid`.
     #[serde(deserialize_with = "values::absolute")]
     pub libvirt_run: PathBuf,
@@ -93,6 +101,7 @@ impl Default for Paths {
             sessions: "/var/log/libvirt/qemu".into(),
             run: "/run/xftrace".into(),
             symbols: "/var/lib/xftrace/symbols".into(),
+            baselines: "/var/lib/xftrace/baselines".into(),
             libvirt_run: "/run/libvirt/qemu".into(),
             libvirt_hooks: "/etc/libvirt/hooks".into(),
             qemu_conf: "/etc/libvirt/qemu.conf".into(),
@@ -255,9 +264,9 @@ mod tests {
             .values()
             .map(|value| value.as_table().map_or(1, |table| table.len()))
             .sum();
-        // 4 at the top, 6 paths, 2 limits, 2 of the log: a new key must come
+        // 5 at the top, 7 paths, 2 limits, 2 of the log: a new key must come
         // into the example too.
-        assert_eq!(count, 14);
+        assert_eq!(count, 16);
     }
 
     #[test]
@@ -272,6 +281,7 @@ mod tests {
             ("[paths]\nrun = \"run/xftrace\"\n", 2, "absolute"),
             ("[limits]\nsession_size = \"2X\"\n", 2, "2X"),
             ("auto_enroll = [\"web-[\"]", 1, "web-["),
+            ("baseline = \"../x\"", 1, "baseline"),
             ("auto_enroll = \"some\"", 1, "some"),
             ("functions = [\"a b\"]", 1, "function"),
             ("x = = 1", 1, ""),

@@ -1,11 +1,12 @@
 //! xftrace records, from a libvirt/QEMU host and without ever stopping the
-//! guest, which kernel functions a Linux guest calls.
+//! guest, which kernel functions a Linux guest calls, and says whether that is
+//! what they call in a clean one.
 //!
 //! The pipeline, in the order data flows through it:
 //!
 //! ```text
-//! guest RAM file -> ram -> kernel -> keys, switch, ring -> session -> callflow -> output
-//!                   bytes   symbols    Klog, on/off, pages   files      call trees  trace_graph.txt
+//! guest RAM file -> ram -> kernel -> keys, switch, ring -> session -> callflow -> output, detect
+//!                   bytes   symbols    Klog, on/off, pages   files      call trees  trace_graph.txt, verdict
 //! ```
 //!
 //! Each module uses only those to its left. [`helper`] runs the pipeline for
@@ -19,6 +20,7 @@ extern crate self as xftrace;
 pub mod callflow;
 pub mod cli;
 pub mod config;
+pub mod detect;
 pub mod follow;
 pub mod helper;
 pub mod kernel;

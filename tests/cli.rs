@@ -54,8 +54,8 @@ fn host(dir: &Path) -> (String, String) {
 #[test]
 fn every_command_has_help_with_examples() {
     for command in [
-        "enroll", "unenroll", "on", "off", "status", "list", "report", "follow", "symbols",
-        "doctor",
+        "enroll", "unenroll", "on", "off", "status", "list", "report", "check", "baseline",
+        "follow", "symbols", "doctor",
     ] {
         for line in [&["help", command][..], &[command, "--help"]] {
             xftrace()
@@ -70,7 +70,7 @@ fn every_command_has_help_with_examples() {
         .arg("--help")
         .assert()
         .code(0)
-        .stdout(contains("Exit status:").and(contains("hook").not()));
+        .stdout(contains("Exit status:").and(contains("\n  hook ").not()));
     xftrace()
         .arg("--version")
         .assert()
@@ -410,4 +410,39 @@ fn symbols_are_added_listed_and_removed() {
         .stderr(contains("symbols list"));
     symbols(&["remove", id]).code(0).stdout(contains(id));
     symbols(&["list"]).code(0).stdout(is_empty());
+}
+
+#[test]
+fn baselines_and_checks_say_what_is_missing() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = dir.path().join("xftrace.toml");
+    let baselines = dir.path().join("baselines");
+    std::fs::write(&config, format!("[paths]\nbaselines = {baselines:?}\n")).unwrap();
+    let xftrace = |args: &[&str]| {
+        let mut command = xftrace();
+        command.arg("--config").arg(&config).args(args);
+        command.assert()
+    };
+    xftrace(&["baseline", "list"]).code(0).stdout(is_empty());
+    for args in [
+        &["baseline", "show", "web"][..],
+        &["baseline", "remove", "web"],
+        &["check", "/nowhere", "--baseline", "web"],
+    ] {
+        xftrace(args)
+            .code(2)
+            .stdout(is_empty())
+            .stderr(contains("no baseline \"web\"").and(contains("baseline learn web")));
+    }
+    let empty = dir.path().display().to_string();
+    for args in [
+        &["check", &empty][..],
+        &["baseline", "learn", "web", &empty],
+    ] {
+        xftrace(args).code(2).stderr(contains("is no session"));
+    }
+    assert!(
+        !baselines.exists(),
+        "nothing was learnt, and a baseline is there"
+    );
 }

@@ -15,6 +15,8 @@
 //!   [`Context::config`], so that `--help` and the hook never fail on it.
 
 pub mod args;
+mod baseline;
+mod check;
 mod client;
 mod doctor;
 mod enroll;
@@ -105,6 +107,8 @@ pub fn run() -> ExitCode {
         Command::Status(args) => status::run(&context, args),
         Command::List(args) => list::run(&context, args),
         Command::Report(args) => report::run(&context, args),
+        Command::Check(args) => check::run(&context, args),
+        Command::Baseline(args) => baseline::run(&context, args),
         Command::Follow(args) => follow::run(&context, args),
         Command::Symbols(args) => symbols::run(&context, args),
         Command::Doctor(args) => doctor::run(&context, args),

@@ -2,21 +2,20 @@
 
 use std::fs::File;
 use std::io::BufWriter;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::Context as _;
 
 use super::image::Image;
 use super::out::Stdout;
-use super::{Context, Exit};
+use super::{target, Context, Exit};
 use crate::cli::args::{Clock, Format, ReportArgs};
-use crate::config::Config;
-use crate::libvirt::connection::{Connection, Mode};
 use crate::output::{self, TimeColumn, Weight};
-use crate::session::{self, Session};
+use crate::session::Session;
 
 /// Runs the command.
 pub(super) fn run(context: &Context, args: &ReportArgs) -> anyhow::Result<Exit> {
+<<<<<<< HEAD
     // An image's session is gone with this.
     let mut _keep = None;
     let session = match (&args.session, &args.domain, &args.image.memory) {
@@ -30,6 +29,13 @@ pub(super) fn run(context: &Context, args: &ReportArgs) -> anyhow::Result<Exit> 
         }
         // clap wants one of the three.
         (None, None, None) => anyhow::bail!("name a session's directory, or a domain with -d"),
+=======
+    let dir = match (&args.session, &args.domain) {
+        (Some(dir), _) => dir.clone(),
+        (None, Some(domain)) => target::newest_session(context, &context.config()?, domain)?,
+        // clap wants one of the two.
+        (None, None) => anyhow::bail!("name a session's directory, or a domain with -d"),
+>>>>>>> 9cfde4c (detect: judge a session by its call flow, and learn baselines)
     };
     let format = match args.format {
         Format::Text => output::Format::Text(match args.clock {
@@ -56,20 +62,4 @@ pub(super) fn run(context: &Context, args: &ReportArgs) -> anyhow::Result<Exit> 
         }
     }
     Ok(Exit::Done)
-}
-
-/// The newest session of a domain. libvirt is asked what domain is meant; a
-/// domain that it does not know (any more) may still have left sessions.
-fn newest(context: &Context, config: &Config, typed: &str) -> anyhow::Result<PathBuf> {
-    let known = Connection::open(context.global.connect.as_deref(), Mode::ReadOnly)
-        .and_then(|connection| connection.domain(typed));
-    let name = known.map_or_else(|_| typed.to_owned(), |domain| domain.name().to_owned());
-    let dir = session::domain_dir(&config.paths.sessions, &name);
-    session::list(&dir).into_iter().next().with_context(|| {
-        format!(
-            "domain '{}' has no session below {}; 'xftrace on' begins one",
-            name.escape_debug(),
-            dir.display()
-        )
-    })
 }

@@ -1,5 +1,7 @@
 //! Which domain a command means.
 
+use std::path::PathBuf;
+
 use anyhow::{bail, Context as _};
 use uuid::Uuid;
 
@@ -10,6 +12,7 @@ use crate::libvirt::enrolment::{untraceable, Enrolment};
 use crate::libvirt::run_dir::RunDir;
 use crate::libvirt::shell_word;
 use crate::libvirt::xml::DomainXml;
+use crate::session;
 
 /// The running and enrolled domain that a command is about: the one that was
 /// typed, else the only one there is.
@@ -64,6 +67,25 @@ pub fn running(
         );
     }
     Ok(domain)
+}
+
+/// The newest session of a domain. libvirt is asked what domain is meant; a
+/// domain that it does not know (any more) may still have left sessions.
+///
+/// # Errors
+/// Where it has none.
+pub fn newest_session(context: &Context, config: &Config, typed: &str) -> anyhow::Result<PathBuf> {
+    let known = Connection::open(context.global.connect.as_deref(), Mode::ReadOnly)
+        .and_then(|connection| connection.domain(typed));
+    let name = known.map_or_else(|_| typed.to_owned(), |domain| domain.name().to_owned());
+    let dir = session::domain_dir(&config.paths.sessions, &name);
+    session::list(&dir).into_iter().next().with_context(|| {
+        format!(
+            "domain '{}' has no session below {}; 'xftrace on' begins one",
+            name.escape_debug(),
+            dir.display()
+        )
+    })
 }
 
 /// The domain that was typed, as it runs.

@@ -77,6 +77,17 @@ impl<'de> Deserialize<'de> for ByteSize {
     }
 }
 
+/// The name of a baseline, or nothing.
+pub(super) fn baseline<'de, D: Deserializer<'de>>(from: D) -> Result<String, D::Error> {
+    let name = String::deserialize(from)?;
+    if name.is_empty() || crate::detect::Store::is_name(&name) {
+        return Ok(name);
+    }
+    Err(de::Error::custom(format!(
+        "{name:?} is no name of a baseline"
+    )))
+}
+
 /// Which domains count as enrolled by their name alone.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AutoEnroll {

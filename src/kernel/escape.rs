@@ -2,7 +2,7 @@
 
 /// The bytes as printable ASCII: what is not becomes `\xNN`, a backslash
 /// `\\`.
-pub(super) fn escape(bytes: &[u8]) -> String {
+pub(crate) fn escape(bytes: &[u8]) -> String {
     bytes
         .iter()
         .flat_map(|&byte| match byte {

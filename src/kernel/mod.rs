@@ -37,6 +37,7 @@ pub mod stock;
 mod symbols;
 
 pub use address::Gva;
+pub(crate) use escape::escape;
 pub use find::{banners, find_all, has_banner, probe, Check, FindError};
 pub use image::Kernel;
 pub use paging::{Mapped, PageTables, WalkError};

@@ -6,7 +6,7 @@ use std::time::Duration;
 use nix::time::{clock_gettime, ClockId};
 use rand::rngs::SysRng;
 use rand::TryRng;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::ram::{Gpa, GuestRam, RamError};
 
@@ -39,7 +39,7 @@ pub enum KeyError {
 }
 
 /// Something in the guest's `global_key` that is not what was put there.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "what", rename_all = "kebab-case")]
 pub enum Tamper {
     /// The epoch was changed.

@@ -228,7 +228,7 @@ impl GuestCounts {
 }
 
 /// Something the guest was caught at, one a line of `findings.jsonl`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Finding {
     /// When it was noticed, host wall clock, nanoseconds since 1970.
     pub wall_ns: u64,
@@ -238,7 +238,7 @@ pub struct Finding {
 }
 
 /// What a [`Finding`] is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "finding", rename_all = "kebab-case")]
 pub enum FindingKind {
     /// The guest changed what the host had put into `global_key`.

@@ -2,6 +2,8 @@
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
+use std::fs::File;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use crate::kernel::{Gva, Symbols};
@@ -11,11 +13,18 @@ use crate::ring::{CodeMap, Decoder};
 
 use super::maps::Maps;
 use super::store::ChunkReader;
+<<<<<<< HEAD
 use super::{Boot, Meta, Mode, SessionError, KLOG_FILE};
+=======
+use super::{Boot, Finding, Meta, Mode, SessionError, FINDINGS_FILE, KLOG_FILE, SYMBOLS_FILE};
+>>>>>>> 9cfde4c (detect: judge a session by its call flow, and learn baselines)
 
 /// `MODULES_VADDR` and `MODULES_END` (arch/x86/include/asm/pgtable_64_types.h)
 /// of a kernel with RANDOMIZE_BASE, whose image has 1 GiB.
 const MODULES: std::ops::Range<u64> = 0xffff_ffff_c000_0000..0xffff_ffff_ff00_0000;
+
+/// The most that is read of a session's findings, bytes.
+const MAX_FINDINGS: u64 = 8 << 20;
 
 /// Whether a run-time address lies where modules are loaded, and what the
 /// kernel makes code in as it runs (BPF programs, trampolines).
@@ -86,6 +95,33 @@ impl Session {
     /// Where it lies.
     pub fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// What the guest was caught at while it was traced, oldest first; of very
+    /// many the first ones. A last line that is not finished is left out.
+    ///
+    /// # Errors
+    /// If the file cannot be read or understood.
+    pub fn findings(&self) -> Result<Vec<Finding>, SessionError> {
+        let path = self.dir.join(FINDINGS_FILE);
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(SessionError::io("read", path)(error)),
+        };
+        let mut text = String::new();
+        file.take(MAX_FINDINGS)
+            .read_to_string(&mut text)
+            .map_err(SessionError::io("read", &path))?;
+        text.split_inclusive('\n')
+            .filter(|line| line.ends_with('\n'))
+            .map(|line| {
+                serde_json::from_str(line).map_err(|cause| SessionError::Meta {
+                    path: path.clone(),
+                    cause,
+                })
+            })
+            .collect()
     }
 
     /// All that was recorded, decoded: boot after boot, and within a boot the

@@ -21,7 +21,7 @@ const FUNCTIONS: [&str; 5] = [
 
 /// A call with the calls below it.
 #[derive(Clone, Debug, PartialEq)]
-struct Tree {
+pub(crate) struct Tree {
     func: &'static str,
     below: Vec<Tree>,
 }
@@ -54,12 +54,12 @@ fn steps(trees: &[Tree], into: &mut Vec<Step>) {
 }
 
 /// Which task runs, where, and for how many steps.
-type Turn = (usize, u16, usize);
+pub(crate) type Turn = (usize, u16, usize);
 
 /// Plays the trees of four tasks on three CPUs; `turns` says which task runs
 /// next, where, and for how many steps; `interrupts`, over and over, which of
 /// the steps an interrupt delays.
-fn play(forest: &[Vec<Tree>], turns: &[Turn], interrupts: &[bool]) -> Vec<Item> {
+pub(crate) fn play(forest: &[Vec<Tree>], turns: &[Turn], interrupts: &[bool]) -> Vec<Item> {
     const NAMES: [&str; 4] = ["one", "two", "three", "four"];
     let mut left: Vec<_> = forest
         .iter()
@@ -196,7 +196,7 @@ fn expect_text(trees: &[Tree], depth: usize, items: &[String], at: &mut usize) {
 }
 
 /// Some calls for each of four tasks, and turns to play them in.
-fn forest() -> impl Strategy<Value = (Vec<Vec<Tree>>, Vec<Turn>)> {
+pub(crate) fn forest() -> impl Strategy<Value = (Vec<Vec<Tree>>, Vec<Turn>)> {
     let trees = prop::collection::vec(prop::collection::vec(tree(), 0..5), 4);
     (
         trees,

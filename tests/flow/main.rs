@@ -2,6 +2,7 @@
 //! (`UPDATE_GOLDEN=1` writes them anew), formats read back, and properties that
 //! hold for any input.
 
+mod detect;
 mod dsl;
 mod forest;
 mod formats;

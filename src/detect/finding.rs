@@ -1,0 +1,134 @@
+//! A finding, and the evidence for it.
+
+use serde::{Deserialize, Serialize};
+
+use super::profile::{Example, Step};
+use super::rules::{Rule, Severity};
+use super::site::Site;
+use crate::callflow::{Kind, Place};
+use crate::kernel::escape;
+use crate::output::WallClock;
+
+/// Something that should not be. All text in it is fit for a terminal.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Finding {
+    /// The rule that found it.
+    pub rule: Rule,
+    /// How sure it is.
+    pub severity: Severity,
+    /// What it is about: a function, a process, a CPU.
+    pub subject: String,
+    /// What was seen, in a sentence.
+    pub what: String,
+    /// How often it was seen.
+    pub count: u64,
+    /// Of how many times that it could have been.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub of: Option<u64>,
+    /// The first time it was seen, if it was at one moment.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub evidence: Option<Evidence>,
+}
+
+/// What was seen, where and when.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Evidence {
+    /// The host's wall clock, nanoseconds since 1970, if it is known.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub wall_ns: Option<u64>,
+    /// The guest's trace clock, nanoseconds.
+    pub guest_ns: u64,
+    /// The guest's boot, from 1.
+    pub boot: u32,
+    /// The guest's CPU.
+    pub cpu: u16,
+    /// The task's thread id in the guest.
+    pub pid: i32,
+    /// The task's name, if its records tell it.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub task: Option<String>,
+    /// The calls, outermost first.
+    pub path: Vec<PathStep>,
+}
+
+/// A call of a path.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PathStep {
+    /// The function; where no symbol is known, its address.
+    pub function: String,
+    /// The return address: symbol and offset, or the address itself.
+    pub caller: String,
+    /// Where code runs, or is returned to, that is none of the kernel's.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub mark: Option<Mark>,
+}
+
+/// What is strange about a call of a path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mark {
+    /// It was called from the module area.
+    FromModule,
+    /// The function itself lies in the module area.
+    InModule,
+    /// It was called from where no kernel code belongs, or lies there.
+    Outside,
+}
+
+impl Mark {
+    /// In a few words.
+    pub fn text(self) -> &'static str {
+        match self {
+            Self::FromModule => "called from the module area",
+            Self::InModule => "in the module area",
+            Self::Outside => "no kernel code belongs there",
+        }
+    }
+}
+
+impl Evidence {
+    pub(crate) fn of(example: &Example<'_>, clock: &dyn WallClock) -> Self {
+        Self {
+            wall_ns: clock.wall(example.boot, example.time),
+            guest_ns: example.time,
+            boot: example.boot,
+            cpu: example.cpu,
+            pid: example.task.pid,
+            task: example.task.comm.map(|comm| escape(comm.bytes())),
+            path: example.path.iter().map(PathStep::of).collect(),
+        }
+    }
+}
+
+impl PathStep {
+    pub(crate) fn of(step: &Step<'_>) -> Self {
+        let (func, caller) = (&step.func, &step.caller);
+        let mark = match (func.name.kind, caller.name.kind) {
+            (Kind::Outside, _) | (_, Kind::Outside) => Some(Mark::Outside),
+            (Kind::Module, _) => Some(Mark::InModule),
+            (_, Kind::Module) => Some(Mark::FromModule),
+            (Kind::Kernel, Kind::Kernel) => None,
+        };
+        let function = func
+            .entered()
+            .map_or_else(|| func.address.to_string(), str::to_owned);
+        Self {
+            function: escape(function.as_bytes()),
+            caller: site(caller),
+            mark,
+        }
+    }
+}
+
+/// A return address in full: where no symbol is known, the address itself.
+pub(crate) fn site(place: &Place<'_>) -> String {
+    let text = match Site::of(place) {
+        site @ Site::In(..) => site.to_string(),
+        Site::Module(Some(module)) => format!("{} [{module}]", place.address),
+        _ => place.address.to_string(),
+    };
+    escape(text.as_bytes())
+}

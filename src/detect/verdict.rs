@@ -1,0 +1,318 @@
+//! The verdict on a session: what was found, and what could not be told.
+
+use serde::{Deserialize, Serialize};
+
+use super::baseline::Baseline;
+use super::finding::Finding;
+use super::judge::judge;
+use super::profile::{ProfileLimits, Skipped};
+use super::profile_of;
+use super::rules::{Rule, Severity};
+use crate::callflow::{Kernels, Tally};
+use crate::session::{FindingKind, Session, SessionError, State};
+
+/// What the `format` of a verdict says.
+const FORMAT: &str = "xftrace-verdict";
+/// The version of the verdict's form.
+const VERSION: u32 = 1;
+/// Where one record in so many is lost, the rest is not enough to call a guest
+/// clean.
+const LOSSY: u64 = 10;
+/// The most findings that a verdict lists.
+const MOST: usize = 1000;
+
+/// What comes out of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Conclusion {
+    /// Nothing is wrong, as far as the rules can see.
+    Clean,
+    /// Something is wrong.
+    Findings,
+    /// Nothing was found, and `doubts` says why that means nothing.
+    CouldNotTell,
+}
+
+/// The verdict on a session. All text in it is fit for a terminal.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Verdict {
+    /// `xftrace-verdict`.
+    pub format: String,
+    /// 1.
+    pub version: u32,
+    /// What comes out of it.
+    pub conclusion: Conclusion,
+    /// The domain.
+    pub domain: String,
+    /// The session's directory.
+    pub session: String,
+    /// The kernel's banner.
+    pub kernel: Option<String>,
+    /// What it was compared with.
+    pub baseline: Option<Compared>,
+    /// Calls that were looked at.
+    pub calls: u64,
+    /// Records that were lost.
+    pub lost: u64,
+    /// What was left out, and why.
+    pub skipped: Skipped,
+    /// Why an absence of findings means nothing.
+    pub doubts: Vec<String>,
+    /// What weakens the verdict without undoing it.
+    pub remarks: Vec<String>,
+    /// What was found, notices too; the surest first.
+    pub findings: Vec<Finding>,
+    /// Findings that are not listed, since there are too many.
+    pub not_listed: u64,
+}
+
+/// The baseline that a session was compared with.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Compared {
+    /// Its name.
+    pub name: String,
+    /// How many sessions it has learnt.
+    pub sessions: usize,
+    /// Whether it has seen enough for a further session to bring little new.
+    pub converged: bool,
+}
+
+/// Judges a session by itself and, if there is one, by a baseline and its name.
+///
+/// # Errors
+/// If the session cannot be read.
+pub fn check(
+    session: &Session,
+    baseline: Option<(&str, &Baseline)>,
+) -> Result<Verdict, SessionError> {
+    let names = Kernels::of(session);
+    let (profile, tally) = profile_of(session, &names, ProfileLimits::default())?;
+    let mut doubts = Vec::new();
+    let mut remarks = Vec::new();
+    let known = baseline.map(|(_, baseline)| baseline);
+    let fits = match known {
+        Some(known) => {
+            compare_kernels(session, known, &mut doubts) && {
+                compare_roots(
+                    session,
+                    &profile_roots(&profile),
+                    known,
+                    &mut doubts,
+                    &mut remarks,
+                );
+                true
+            }
+        }
+        None => {
+            remarks.push(
+                "without a baseline (--baseline NAME) only what no kernel does is found".to_owned(),
+            );
+            false
+        }
+    };
+    let mut findings = judge(&profile, known.filter(|_| fits), session);
+    findings.extend(caught(session, &tally)?);
+    findings.sort_by_key(|finding| std::cmp::Reverse(finding.severity));
+
+    let lost = tally.lost_records.total();
+    if tally.calls == 0 {
+        doubts.push("the session has no calls; a trace of nothing proves nothing".to_owned());
+    } else if lost.saturating_mul(LOSSY) > tally.calls.saturating_mul(2).saturating_add(lost) {
+        doubts.push(format!(
+            "{lost} records are lost, more than one in {LOSSY}: trace less, or with a larger \
+             --buffer-size"
+        ));
+    }
+    if tally.lost_uncounted > 0 {
+        remarks.push(format!(
+            "at {} places it is not known how many records are lost",
+            tally.lost_uncounted
+        ));
+    }
+    if !profile.is_whole() {
+        remarks.push(format!(
+            "{} sightings found no room and were not judged",
+            profile.skipped.no_room
+        ));
+    }
+    if session.meta.state == State::Open {
+        remarks.push("the session is still written; this is what there was by now".to_owned());
+    }
+    let alarm = findings
+        .iter()
+        .any(|finding| finding.severity > Severity::Notice);
+    let conclusion = match (alarm, doubts.is_empty()) {
+        (true, _) => Conclusion::Findings,
+        (false, false) => Conclusion::CouldNotTell,
+        (false, true) => Conclusion::Clean,
+    };
+    let not_listed = findings.len().saturating_sub(MOST) as u64;
+    findings.truncate(MOST);
+    Ok(Verdict {
+        format: FORMAT.to_owned(),
+        version: VERSION,
+        conclusion,
+        domain: session.meta.domain.escape_debug().to_string(),
+        session: session
+            .dir()
+            .display()
+            .to_string()
+            .escape_debug()
+            .to_string(),
+        kernel: session
+            .meta
+            .boots
+            .last()
+            .map(|boot| boot.banner.trim_end().to_owned()),
+        baseline: baseline.map(|(name, baseline)| Compared {
+            name: name.to_owned(),
+            sessions: baseline.sessions.len(),
+            converged: baseline.has_converged(),
+        }),
+        calls: profile.calls,
+        lost,
+        skipped: profile.skipped,
+        doubts,
+        remarks,
+        findings,
+        not_listed,
+    })
+}
+
+fn profile_roots(profile: &super::Profile<'_>) -> Vec<String> {
+    let labels = &profile.labels;
+    let mut roots: Vec<String> = profile
+        .roots
+        .keys()
+        .map(|label| super::baseline::name(labels, *label))
+        .collect();
+    roots.sort();
+    roots
+}
+
+/// Whether the baseline is of the session's kernel.
+fn compare_kernels(session: &Session, known: &Baseline, doubts: &mut Vec<String>) -> bool {
+    let other = session
+        .meta
+        .boots
+        .iter()
+        .find(|boot| boot.banner.trim_end() != known.kernel);
+    if let Some(boot) = other {
+        doubts.push(format!(
+            "the baseline is of another kernel ({}) than boot {} of the session ({}): learn one \
+             for it",
+            known.kernel,
+            boot.number,
+            boot.banner.trim_end()
+        ));
+    }
+    other.is_none()
+}
+
+/// Tells which roots the baseline does not know.
+fn compare_roots(
+    session: &Session,
+    roots: &[String],
+    known: &Baseline,
+    doubts: &mut Vec<String>,
+    remarks: &mut Vec<String>,
+) {
+    let unknown: Vec<&str> = roots
+        .iter()
+        .map(String::as_str)
+        .filter(|root| !known.roots.contains_key(*root))
+        .collect();
+    let all = !roots.is_empty() && unknown.len() == roots.len();
+    if all {
+        doubts.push(format!(
+            "the baseline knows none of the functions that were traced ({}): learn sessions of \
+             them",
+            session.meta.functions().join(" ")
+        ));
+    } else if !unknown.is_empty() {
+        remarks.push(format!(
+            "the baseline does not know {}: what they call is judged as far as other functions \
+             showed it",
+            unknown.join(", ")
+        ));
+    }
+    if !known.has_converged() {
+        remarks.push(match known.expected_new() {
+            Some(new) => format!(
+                "the baseline has not converged: a session like those learnt is likely to bring \
+                 {new:.0} edges that it does not know"
+            ),
+            None => "the baseline has learnt one session; two tell whether it has seen enough"
+                .to_owned(),
+        });
+    }
+}
+
+/// What the helper caught the guest at while it was traced, and forged records.
+fn caught(session: &Session, tally: &Tally) -> Result<Vec<Finding>, SessionError> {
+    let mut all: Vec<Finding> = Vec::new();
+    let forged = tally.forged.total();
+    if forged > 0 {
+        let reasons = tally.forged.iter().filter(|(_, count)| *count > 0);
+        let shown: Vec<String> = reasons
+            .map(|(why, count)| format!("{count} {why}"))
+            .collect();
+        all.push(bare(
+            Rule::ForgedRecord,
+            "trace buffer",
+            format!("records decode under no key: {}", shown.join(", ")),
+            forged,
+        ));
+    }
+    for finding in session.findings()? {
+        let (rule, subject, what) = match finding.kind {
+            FindingKind::KeyChanged(tamper) => (
+                Rule::KeyTouched,
+                "global_key",
+                match tamper {
+                    crate::keys::Tamper::Epoch { .. } => "the guest changed the epoch",
+                    crate::keys::Tamper::Key { .. } => "the guest changed a key",
+                },
+            ),
+            // Counted above, from the records themselves.
+            FindingKind::ForgedRecords { .. } => continue,
+            // More was found, and is not told.
+            FindingKind::Full => continue,
+            FindingKind::TracerOff => (
+                Rule::TracerOff,
+                "tracer",
+                "the tracer was off while the trace was on",
+            ),
+            FindingKind::RecordingOff => (
+                Rule::RecordingOff,
+                "trace buffer",
+                "recording was off while the trace was on",
+            ),
+        };
+        match all
+            .iter_mut()
+            .find(|known| known.rule == rule && known.what == what)
+        {
+            Some(known) => known.count += 1,
+            None => all.push(bare(rule, subject, what.to_owned(), 1)),
+        }
+    }
+    Ok(all)
+}
+
+fn bare(rule: Rule, subject: &str, what: String, count: u64) -> Finding {
+    Finding {
+        rule,
+        severity: Severity::Critical,
+        subject: subject.to_owned(),
+        what,
+        count,
+        of: None,
+        evidence: None,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,250 @@
+//! The verdict on sessions on disk, and its form.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::*;
+use crate::detect::{Evidence, LearnError, Mark, PathStep};
+use crate::kernel::control::RecordTypes;
+use crate::kernel::Symbols;
+use crate::keys::Tamper;
+use crate::ring::RecordFormat;
+use crate::session::{
+    Boot, EndReason, Finding as Caught, Meta, Mode, QemuProcess, SessionWriter, FINDINGS_FILE,
+    KLOG_FILE,
+};
+
+const BANNER: &str = "Linux version 6.1.0-xf\n";
+
+/// A closed session without records, in which the guest was caught at `kinds`.
+fn session(dir: &Path, kinds: &[FindingKind]) -> Session {
+    let symbols = Symbols::parse(
+        "ffffffff81000000 T _text\nffffffff81000000 T _stext\nffffffff81000040 T vfs_read\n\
+         ffffffff81001000 T _etext\nffffffff81003000 B _end\n"
+            .into(),
+    )
+    .expect("symbols");
+    let meta = Meta {
+        version: 1,
+        domain: "web1".into(),
+        uuid: uuid::uuid!("6f1d6a2e-1f0c-4b7e-9d3a-0123456789ab"),
+        mode: Mode::Keyed,
+        state: State::Closed,
+        qemu: QemuProcess {
+            pid: 1,
+            start_time: 1,
+        },
+        started_ns: 1,
+        ended_ns: Some(2),
+        end: Some(EndReason::Off),
+        interval_ns: 1_000_000_000,
+        switches: Vec::new(),
+        boots: vec![Boot {
+            number: 1,
+            boot_id: 1,
+            banner: BANNER.into(),
+            slide: 0,
+            phys_text: 0,
+            levels: 4,
+            nr_cpus: 2,
+            types: RecordFormat::Keyed(RecordTypes {
+                root: 1,
+                call: 2,
+                ret: 3,
+                plain_call: 4,
+                plain_ret: 5,
+            }),
+            found_ns: 1,
+            clocks: None,
+        }],
+        counters: Default::default(),
+        guest_counts: None,
+    };
+    let place = dir.join("session");
+    let mut writer = SessionWriter::create(&place, meta, &symbols, 0).expect("a session");
+    crate::keys::Klog::create(&place.join(KLOG_FILE)).expect("a klog");
+    for kind in kinds {
+        let caught = Caught {
+            wall_ns: 5,
+            kind: kind.clone(),
+        };
+        writer.finding(&caught).expect("a finding");
+    }
+    Session::open(&place).expect("a session")
+}
+
+fn touched() -> FindingKind {
+    FindingKind::KeyChanged(Tamper::Key { epoch: 3 })
+}
+
+#[test]
+fn a_trace_of_nothing_proves_nothing() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let verdict = check(&session(dir.path(), &[]), None).expect("a verdict");
+    assert_eq!(verdict.conclusion, Conclusion::CouldNotTell);
+    assert!(verdict.doubts[0].contains("no calls"), "{verdict:?}");
+}
+
+#[test]
+fn what_the_helper_caught_is_a_finding_and_repeats_are_counted() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let kinds = [
+        touched(),
+        FindingKind::RecordingOff,
+        touched(),
+        FindingKind::TracerOff,
+    ];
+    let verdict = check(&session(dir.path(), &kinds), None).expect("a verdict");
+    assert_eq!(verdict.conclusion, Conclusion::Findings);
+    let mut found: Vec<(Rule, u64)> = verdict
+        .findings
+        .iter()
+        .map(|finding| (finding.rule, finding.count))
+        .collect();
+    found.sort();
+    assert_eq!(
+        found,
+        [
+            (Rule::KeyTouched, 2),
+            (Rule::TracerOff, 1),
+            (Rule::RecordingOff, 1)
+        ]
+    );
+}
+
+#[test]
+fn nothing_is_learnt_where_the_guest_was_caught() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let refused = Baseline::of(&session(dir.path(), &[touched()])).unwrap_err();
+    assert!(matches!(refused, LearnError::NotClean(_)), "{refused}");
+    let dir = tempfile::tempdir().expect("a directory");
+    let refused = Baseline::of(&session(dir.path(), &[])).unwrap_err();
+    assert!(matches!(refused, LearnError::Empty), "{refused}");
+}
+
+#[test]
+fn a_baseline_of_another_kernel_tells_nothing() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let other = Baseline::new("Linux version 6.1.0-other");
+    let verdict = check(&session(dir.path(), &[]), Some(("web", &other))).expect("a verdict");
+    assert_eq!(verdict.conclusion, Conclusion::CouldNotTell);
+    assert!(verdict.doubts[0].contains("another kernel"), "{verdict:?}");
+    let same = Baseline::new(BANNER);
+    let dir = tempfile::tempdir().expect("a directory");
+    let verdict = check(&session(dir.path(), &[]), Some(("web", &same))).expect("a verdict");
+    assert!(!verdict.doubts[0].contains("another kernel"), "{verdict:?}");
+}
+
+#[test]
+fn a_half_written_last_finding_is_left_out() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let session = session(dir.path(), &[touched()]);
+    let path = session.dir().join(FINDINGS_FILE);
+    let mut text = std::fs::read_to_string(&path).expect("text");
+    text.push_str("{\"wall_ns\":5,\"find");
+    std::fs::write(&path, text).expect("written");
+    assert_eq!(session.findings().expect("findings").len(), 1);
+}
+
+/// A verdict in which everything is there.
+fn full() -> Verdict {
+    Verdict {
+        format: FORMAT.into(),
+        version: VERSION,
+        conclusion: Conclusion::Findings,
+        domain: "web1".into(),
+        session: "/s".into(),
+        kernel: Some("Linux".into()),
+        baseline: Some(Compared {
+            name: "web".into(),
+            sessions: 2,
+            converged: true,
+        }),
+        calls: 1,
+        lost: 0,
+        skipped: Skipped::default(),
+        doubts: vec!["d".into()],
+        remarks: vec!["r".into()],
+        findings: vec![Finding {
+            rule: Rule::OutsideText,
+            severity: Severity::Critical,
+            subject: "vfs_read".into(),
+            what: "w".into(),
+            count: 1,
+            of: Some(2),
+            evidence: Some(Evidence {
+                wall_ns: Some(1),
+                guest_ns: 1,
+                boot: 1,
+                cpu: 0,
+                pid: 7,
+                task: Some("cat".into()),
+                path: vec![PathStep {
+                    function: "vfs_read".into(),
+                    caller: "0x5555".into(),
+                    mark: Some(Mark::Outside),
+                }],
+            }),
+        }],
+        not_listed: 0,
+    }
+}
+
+/// Whether an object's fields are those that the schema names, all of them.
+fn has_the_fields(object: &Value, schema: &Value) {
+    assert_eq!(schema["additionalProperties"], false);
+    let names = |value: &Value| -> Vec<String> {
+        let mut names: Vec<String> = value
+            .as_object()
+            .expect("an object")
+            .keys()
+            .cloned()
+            .collect();
+        names.sort();
+        names
+    };
+    assert_eq!(names(object), names(&schema["properties"]));
+    for required in schema["required"].as_array().expect("a list") {
+        assert!(object.get(required.as_str().expect("a name")).is_some());
+    }
+}
+
+#[test]
+fn the_schema_describes_the_verdict() {
+    let schema: Value =
+        serde_json::from_str(include_str!("../../../docs/verdict.schema.json")).expect("a schema");
+    let verdict = serde_json::to_value(full()).expect("JSON");
+    let parts = &schema["$defs"];
+    let finding = &verdict["findings"][0];
+    has_the_fields(&verdict, &schema);
+    has_the_fields(&verdict["baseline"], &parts["compared"]);
+    has_the_fields(&verdict["skipped"], &parts["skipped"]);
+    has_the_fields(finding, &parts["finding"]);
+    has_the_fields(&finding["evidence"], &parts["evidence"]);
+    has_the_fields(&finding["evidence"]["path"][0], &parts["step"]);
+
+    let choices = |of: &Value| of["enum"].as_array().expect("choices").clone();
+    let rules: Vec<Value> = Rule::ALL.iter().map(|rule| rule.name().into()).collect();
+    assert_eq!(choices(&parts["finding"]["properties"]["rule"]), rules);
+    for conclusion in choices(&schema["properties"]["conclusion"]) {
+        serde_json::from_value::<Conclusion>(conclusion).expect("a conclusion");
+    }
+    for severity in choices(&parts["finding"]["properties"]["severity"]) {
+        serde_json::from_value::<Severity>(severity).expect("a severity");
+    }
+    for mark in choices(&parts["step"]["properties"]["mark"]) {
+        serde_json::from_value::<Mark>(mark).expect("a mark");
+    }
+}
+
+#[test]
+fn a_field_that_nobody_knows_is_refused() {
+    let mut verdict = serde_json::to_value(full()).expect("JSON");
+    assert_eq!(
+        serde_json::from_value::<Verdict>(verdict.clone()).expect("a verdict"),
+        full()
+    );
+    verdict["findings"][0]["more"] = 1.into();
+    assert!(serde_json::from_value::<Verdict>(verdict).is_err());
+}
