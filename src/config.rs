@@ -45,6 +45,10 @@ pub struct Config {
     /// empty for none.
     #[serde(deserialize_with = "values::baseline")]
     pub baseline: String,
+    /// A command that is run for each finding, with it on standard input: an
+    /// absolute path and arguments. Empty for none.
+    #[serde(deserialize_with = "values::command")]
+    pub on_finding: Vec<String>,
     /// Where things lie.
     pub paths: Paths,
     /// What is too much.
@@ -61,6 +65,7 @@ impl Default for Config {
             at_start: false,
             auto_enroll: AutoEnroll::default(),
             baseline: String::new(),
+            on_finding: Vec::new(),
             paths: Paths::default(),
             limits: Limits::default(),
             log: Log::default(),
@@ -264,9 +269,9 @@ mod tests {
             .values()
             .map(|value| value.as_table().map_or(1, |table| table.len()))
             .sum();
-        // 5 at the top, 7 paths, 2 limits, 2 of the log: a new key must come
+        // 6 at the top, 7 paths, 2 limits, 2 of the log: a new key must come
         // into the example too.
-        assert_eq!(count, 16);
+        assert_eq!(count, 17);
     }
 
     #[test]
@@ -281,6 +286,7 @@ mod tests {
             ("[paths]\nrun = \"run/xftrace\"\n", 2, "absolute"),
             ("[limits]\nsession_size = \"2X\"\n", 2, "2X"),
             ("auto_enroll = [\"web-[\"]", 1, "web-["),
+            ("on_finding = [\"mail\", \"root\"]", 1, "absolute"),
             ("baseline = \"../x\"", 1, "baseline"),
             ("auto_enroll = \"some\"", 1, "some"),
             ("functions = [\"a b\"]", 1, "function"),

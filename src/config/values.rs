@@ -88,6 +88,17 @@ pub(super) fn baseline<'de, D: Deserializer<'de>>(from: D) -> Result<String, D::
     )))
 }
 
+/// A program's absolute path and its arguments, or nothing.
+pub(super) fn command<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<String>, D::Error> {
+    let command = Vec::<String>::deserialize(from)?;
+    match command.first() {
+        Some(program) if !program.starts_with('/') => Err(de::Error::custom(format!(
+            "{program:?} is no absolute path of a program"
+        ))),
+        _ => Ok(command),
+    }
+}
+
 /// Which domains count as enrolled by their name alone.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AutoEnroll {

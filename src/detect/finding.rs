@@ -8,6 +8,7 @@ use super::site::Site;
 use crate::callflow::{Kind, Place};
 use crate::kernel::escape;
 use crate::output::WallClock;
+use crate::session::ControlFlow;
 
 /// Something that should not be. All text in it is fit for a terminal.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -85,6 +86,19 @@ impl Mark {
             Self::FromModule => "called from the module area",
             Self::InModule => "in the module area",
             Self::Outside => "no kernel code belongs there",
+        }
+    }
+}
+
+impl From<&Finding> for ControlFlow {
+    fn from(finding: &Finding) -> Self {
+        Self {
+            rule: finding.rule.name().to_owned(),
+            severity: finding.severity.text().to_owned(),
+            subject: finding.subject.clone(),
+            what: finding.what.clone(),
+            count: finding.count,
+            evidence: serde_json::to_value(&finding.evidence).unwrap_or_default(),
         }
     }
 }

@@ -343,7 +343,7 @@ impl<'n> Profiler<'n> {
         };
         let key = Self::key(task, event.cpu);
         let stack = self.stacks.get_mut(&key);
-        let whole = fits && !frame.holed && frame.losses == self.losses;
+        let whole = fits && !frame.holed;
         let mut none = Vec::new();
         let around: &mut Vec<Frame<'n>> = stack.unwrap_or(&mut none);
         if let Some(around) = around.last_mut() {

@@ -280,6 +280,8 @@ fn caught(session: &Session, tally: &Tally) -> Result<Vec<Finding>, SessionError
             FindingKind::ForgedRecords { .. } => continue,
             // More was found, and is not told.
             FindingKind::Full => continue,
+            // Judged above, with all that the session holds.
+            FindingKind::ControlFlow(_) => continue,
             FindingKind::TracerOff => (
                 Rule::TracerOff,
                 "tracer",

@@ -11,6 +11,7 @@ use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 
 use crate::config::Config;
+use crate::detect::Store;
 use crate::kernel::stock::command_line;
 use crate::libvirt::enrolment::Enrolment;
 use crate::libvirt::live::LiveXml;
@@ -18,6 +19,7 @@ use crate::libvirt::xml::DomainXml;
 use crate::session::{EndReason, Finding, FindingKind, Meta, Mode};
 
 use super::graphs::Graphs;
+use super::notify::Notifier;
 use super::protocol::{GuestStatus, Reply, Request, Status, TraceStatus};
 use super::ratelimit::RateLimit;
 use super::settle::Settling;
@@ -89,6 +91,7 @@ pub(super) struct Engine {
     /// Sessions that are closed, which could not be noted in their directories.
     unsaved: Vec<(PathBuf, Meta)>,
     unsaved_at: Instant,
+    notifier: Option<Arc<Notifier>>,
 }
 
 /// Why a request could not be carried out; its text goes to the user.
@@ -118,6 +121,7 @@ impl Engine {
             trace: None,
             last_session: None,
         };
+        let notifier = start_notifier(&config.on_finding);
         let mut engine = Self {
             live: LiveXml::new(&config.paths.libvirt_run, &domain),
             domain,
@@ -141,6 +145,7 @@ impl Engine {
             resume_failed: 0,
             unsaved: Vec::new(),
             unsaved_at: Instant::now(),
+            notifier,
         };
         if let Some(place) = engine.last_place() {
             engine.watch.known_at(place);
@@ -275,6 +280,25 @@ impl Engine {
         crate::session::domain_dir(&self.config.paths.sessions, &self.domain.name)
     }
 
+    /// Has the trace judged, where the configuration names a baseline. What
+    /// goes wrong is logged: a trace that is not judged is worth having.
+    pub(super) fn guard(&mut self) {
+        let Some(trace) = &mut self.trace else { return };
+        trace.tell(self.notifier.clone());
+        let name = &self.config.baseline;
+        if name.is_empty() {
+            return;
+        }
+        match Store::at(&self.config.paths.baselines).load(name) {
+            Ok(baseline) => {
+                if let Err(error) = trace.judge_by(baseline) {
+                    log::error!("the trace is not judged while it is on: {error}");
+                }
+            }
+            Err(error) => log::error!("the trace is not judged while it is on: {error}"),
+        }
+    }
+
     /// Tells when somebody in the guest switched the tracer off, or its kernel
     /// says that its switch is no longer on.
     fn notice_tracer_off(&mut self) {
@@ -316,6 +340,7 @@ impl Engine {
     pub(super) fn begun(&mut self, mut trace: Trace) {
         trace.writer.set_limit(self.config.limits.session_size.0);
         self.trace = Some(trace);
+        self.guard();
     }
 
     /// Notes a session that was closed. Its directory.
@@ -413,6 +438,17 @@ impl Engine {
         status.trace = trace;
         status.last_session.clone_from(&self.last_session);
     }
+}
+
+/// Starts what runs the command for findings, if one is wanted.
+fn start_notifier(command: &[String]) -> Option<Arc<Notifier>> {
+    if command.is_empty() {
+        return None;
+    }
+    Notifier::start(command)
+        .map(Arc::new)
+        .inspect_err(|error| log::error!("on_finding: {error}"))
+        .ok()
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -10,7 +10,9 @@
 //! The engine is one thread that never blocks for long: it drains the guest's
 //! buffers every few milliseconds while a trace is on, and does everything
 //! else between two rounds. Keys are handed out by a thread of their own,
-//! since noting a key waits for the disk. Connections have threads too, which
+//! since noting a key waits for the disk. Where the configuration names a
+//! baseline, another thread judges what is drained (`sentry`), and one runs the
+//! command that is wanted for findings (`notify`). Connections have threads too, which
 //! only pass on what the engine says.
 //!
 //! The helper writes to guest memory in three places only: the key slots and the
@@ -30,10 +32,12 @@ mod graphs;
 mod keyring;
 mod link;
 mod modules;
+mod notify;
 pub mod protocol;
 mod ratelimit;
 mod requests;
 mod run;
+mod sentry;
 mod server;
 mod settle;
 mod sources;

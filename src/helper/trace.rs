@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::detect::Baseline;
 use crate::kernel::control::SwitchState;
 use crate::kernel::stock::{StockError, TraceArray};
 use crate::keys::{KeyError, KeyHistory, Klog, KlogError};
@@ -19,7 +20,9 @@ use crate::session::{
 use super::clocks::Clocks;
 use super::keyring::{KeyThread, Keys};
 use super::link::{Link, LinkError};
+use super::notify::{brief, Notifier, Told};
 use super::ratelimit::{RateLimit, Verdict};
+use super::sentry::{self, Sentry};
 use super::watch::{wall_ns, Guest, Watch};
 
 /// How often `session.json` is brought up to date.
@@ -68,6 +71,8 @@ pub(super) struct Trace {
     holes: HashSet<u16>,
     said: RateLimit,
     disk_said: RateLimit,
+    sentry: Option<Sentry>,
+    notifier: Option<Arc<Notifier>>,
 }
 
 /// A session that was closed.
@@ -184,6 +189,8 @@ impl Trace {
             holes: HashSet::new(),
             said: RateLimit::new(10, Duration::from_secs(60)),
             disk_said: RateLimit::new(1, Duration::from_secs(60)),
+            sentry: None,
+            notifier: None,
         }
     }
 
@@ -192,6 +199,30 @@ impl Trace {
     /// kernel's image, which is in no module.
     pub(super) fn goes_on_in(&mut self, ram: Arc<dyn GuestRam>) {
         self.ram = ram;
+    }
+
+    /// Has findings told to a command.
+    pub(super) fn tell(&mut self, notifier: Option<Arc<Notifier>>) {
+        self.notifier = notifier;
+    }
+
+    /// Judges what is drained from now on.
+    pub(super) fn judge_by(&mut self, baseline: Baseline) -> std::io::Result<()> {
+        self.sentry = Some(Sentry::start(baseline)?);
+        self.tell_boot();
+        Ok(())
+    }
+
+    fn tell_boot(&mut self) {
+        let (Some(sentry), Some(live)) = (&mut self.sentry, &self.live) else {
+            return;
+        };
+        sentry.boot(sentry::Kernel {
+            boot: self.writer.meta.boots.last().map_or(1, |boot| boot.number),
+            symbols: Arc::clone(&live.guest.symbols),
+            slide: live.guest.kernel.slide,
+            banner: live.guest.kernel.banner.clone(),
+        });
     }
 
     /// The guest has booted, into this kernel: its first records, if there
@@ -234,6 +265,7 @@ impl Trace {
             decoder: Decoder::new(guest.link.format(), number),
             plain: array.map(Plain::new),
         });
+        self.tell_boot();
         match (&self.keys, &guest.link) {
             (Keys::Handed(keys), Link::Keyed(control)) if number > 1 => {
                 keys.retarget(Some(*control));
@@ -297,6 +329,9 @@ impl Trace {
         for chunk in std::mem::take(&mut self.held).into_iter().chain(chunks) {
             self.take(&chunk);
         }
+        if let Some(sentry) = &mut self.sentry {
+            sentry.end_round();
+        }
         // At once: a helper that is killed takes what it still holds with it.
         if drained.bytes > 0 {
             if let Err(error) = self.writer.flush() {
@@ -326,6 +361,7 @@ impl Trace {
             slide: live.guest.kernel.slide,
         };
         let mut newest = None;
+        let sentry = &mut self.sentry;
         self.keys.with_history(|history| {
             live.decoder.chunk(chunk, history, &code, &mut |item| {
                 newest = newest.max(Some(item.time));
@@ -337,6 +373,9 @@ impl Trace {
                         counters.lost_places += 1;
                     }
                     What::Other { .. } => counters.other += 1,
+                }
+                if let Some(sentry) = sentry {
+                    sentry.take(item);
                 }
             });
         });
@@ -385,6 +424,8 @@ impl Trace {
                 kind: FindingKind::KeyChanged(tamper),
             });
         }
+        let found = self.sentry.as_ref().map(Sentry::found);
+        self.detected(&found.unwrap_or_default());
         if self.saved.elapsed() < SAVE_EVERY {
             return;
         }
@@ -414,19 +455,38 @@ impl Trace {
         self.save();
     }
 
-    /// Notes, and logs, what the guest was caught at.
+    /// Notes what the call flow showed.
+    fn detected(&mut self, found: &[crate::detect::Finding]) {
+        for finding in found {
+            self.finding(Finding {
+                wall_ns: wall_ns(),
+                kind: FindingKind::ControlFlow(Box::new(finding.into())),
+            });
+        }
+    }
+
+    /// Notes, and logs, what the guest was caught at, and has it told.
     pub(super) fn finding(&mut self, finding: Finding) {
         if let Verdict::Say { dropped } = self.said.ask() {
             log::warn!(
                 "domain {}: {}{}",
                 self.writer.meta.domain.escape_debug(),
-                serde_json::to_string(&finding.kind).unwrap_or_default(),
+                serde_json::to_string(&brief(&finding.kind)).unwrap_or_default(),
                 if dropped > 0 {
                     format!(" ({dropped} findings before it are in {FINDINGS_FILE} only)")
                 } else {
                     String::new()
                 }
             );
+        }
+        if let Some(notifier) = &self.notifier {
+            let told = Told {
+                domain: &self.writer.meta.domain,
+                uuid: self.writer.meta.uuid,
+                session: self.writer.dir(),
+                finding: &finding,
+            };
+            notifier.tell(told.json());
         }
         if let Err(error) = self.writer.finding(&finding) {
             self.cannot_store(&error);
@@ -519,6 +579,8 @@ impl Trace {
     /// Ends the session: stops the keys, and closes its files.
     pub(super) fn close(mut self, end: EndReason, watch: &Watch) -> Closed {
         self.release();
+        let found = self.sentry.take().map(Sentry::finish);
+        self.detected(&found.unwrap_or_default());
         self.attend(watch);
         let forged = self.writer.meta.counters.forged - self.forged_told;
         if forged > 0 {

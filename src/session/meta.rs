@@ -259,6 +259,26 @@ pub enum FindingKind {
     /// The file is as large as it may become: this is its last line, and what
     /// is found from here on is counted only.
     Full,
+    /// The guest's control flow is not what its baseline says.
+    ControlFlow(Box<ControlFlow>),
+}
+
+/// What [`detect`](crate::detect) found while the guest was traced.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ControlFlow {
+    /// The rule that found it.
+    pub rule: String,
+    /// How sure it is.
+    pub severity: String,
+    /// What it is about.
+    pub subject: String,
+    /// What was seen.
+    pub what: String,
+    /// How often, since it was told of last.
+    pub count: u64,
+    /// The first time, as a verdict has it.
+    #[serde(default, skip_serializing_if = "serde_json::Value::is_null")]
+    pub evidence: serde_json::Value,
 }
 
 /// What `session.json` holds.

@@ -31,8 +31,8 @@ pub use follow::{Follow, Look, HELD, SETTLE};
 pub use follow::{Follow, Look, HELD};
 pub use maps::MapId;
 pub use meta::{
-    Boot, ClockPair, Counters, EndReason, Finding, FindingKind, GuestCounts, Meta, Mode,
-    QemuProcess, State, SwitchChange, META_FILE,
+    Boot, ClockPair, ControlFlow, Counters, EndReason, Finding, FindingKind, GuestCounts, Meta,
+    Mode, QemuProcess, State, SwitchChange, META_FILE,
 };
 pub use place::{domain_dir, list, new_dir};
 pub use read::{is_module_address, GuestCode, Items, Session};

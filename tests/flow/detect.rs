@@ -469,6 +469,17 @@ fn a_profile_has_room_for_so_much_and_says_so() {
     assert!(profile.skipped.no_room > 0 && !profile.is_whole());
 }
 
+/// So often that what functions always do counts.
+fn over_and_over(items: &[Item]) -> Vec<Item> {
+    let often = MIN_CALLS as usize;
+    items
+        .iter()
+        .copied()
+        .cycle()
+        .take(items.len() * often)
+        .collect()
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(60))]
 
@@ -480,7 +491,7 @@ proptest! {
     ) {
         let (ours, theirs) = (play(&ours, &turns, &interrupts), play(&theirs, &other_turns, &[]));
         prop_assume!(!ours.is_empty() && !theirs.is_empty());
-        let many: Vec<Item> = ours.iter().copied().cycle().take(ours.len() * 30).collect();
+        let (many, theirs) = (over_and_over(&ours), over_and_over(&theirs));
         let mut known = learn(&many);
         prop_assert_eq!(check(&many, Some(&known)), vec![]);
         known.merge(&learn(&theirs)).unwrap();
@@ -496,7 +507,7 @@ proptest! {
             .iter()
             .map(|(forest, turns)| play(forest, turns, &[]))
             .filter(|items| !items.is_empty())
-            .map(|items| learn(&items))
+            .map(|items| learn(&over_and_over(&items)))
             .collect();
         let merged = |order: &mut dyn Iterator<Item = &Baseline>| {
             let mut all = Baseline::new(KERNEL);
