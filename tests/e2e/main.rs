@@ -7,6 +7,7 @@
 mod attack;
 mod backings;
 mod boot;
+mod detect;
 mod doctor;
 mod edges;
 mod enrolment;

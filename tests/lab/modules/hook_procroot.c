@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/*
+ * A benign hook for the lab's guest: listings of /proc go through this module,
+ * which passes them on. The file operations of /proc's root directory are
+ * replaced by a copy whose iterate_shared is ours, as Adore-ng replaced
+ * readdir.
+ */
+#include <linux/fs.h>
+#include <linux/module.h>
+#include <linux/timekeeping.h>
+
+static const struct file_operations *original;
+static struct file_operations replaced;
+static struct inode *root;
+
+static int passed_on(struct file *file, struct dir_context *context)
+{
+	int result = original->iterate_shared(file, context);
+
+	/* The harmless call that a hook's own work would make. */
+	ktime_get_real_seconds();
+	return result;
+}
+
+static int __init hook_init(void)
+{
+	struct file *proc = filp_open("/proc", O_RDONLY | O_DIRECTORY, 0);
+
+	if (IS_ERR(proc))
+		return PTR_ERR(proc);
+	root = igrab(file_inode(proc));
+	filp_close(proc, NULL);
+	if (!root)
+		return -ENOENT;
+	original = root->i_fop;
+	replaced = *original;
+	replaced.iterate_shared = passed_on;
+	WRITE_ONCE(root->i_fop, &replaced);
+	return 0;
+}
+
+static void __exit hook_exit(void)
+{
+	WRITE_ONCE(root->i_fop, original);
+	iput(root);
+}
+
+module_init(hook_init);
+module_exit(hook_exit);
+MODULE_DESCRIPTION("Lab: pass listings of /proc through a module");
+MODULE_LICENSE("GPL");
