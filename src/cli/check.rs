@@ -113,6 +113,10 @@ fn print(out: &mut impl Write, verdict: &Verdict) -> std::io::Result<()> {
     for remark in &verdict.remarks {
         writeln!(out, "\nnote: {remark}")?;
     }
+    if !verdict.not_judged.is_empty() {
+        let names: Vec<&str> = verdict.not_judged.iter().map(|rule| rule.name()).collect();
+        writeln!(out, "\nnot judged: {}", names.join(", "))?;
+    }
     for doubt in &verdict.doubts {
         writeln!(out, "\ndoubt: {doubt}")?;
     }
@@ -169,12 +173,14 @@ fn print_evidence(out: &mut impl Write, evidence: &Evidence) -> std::io::Result<
         let mark = step
             .mark
             .map_or(String::new(), |mark| format!("  <== {}", mark.text()));
+        let from = step.caller.as_ref().map_or(String::new(), |caller| {
+            format!(" /* called from {caller} */")
+        });
         writeln!(
             out,
-            "          {:indent$}{}() /* called from {} */{mark}",
+            "          {:indent$}{}(){from}{mark}",
             "",
             step.function,
-            step.caller,
             indent = 2 * depth.min(40)
         )?;
     }

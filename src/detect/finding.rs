@@ -60,8 +60,10 @@ pub struct Evidence {
 pub struct PathStep {
     /// The function; where no symbol is known, its address.
     pub function: String,
-    /// The return address: symbol and offset, or the address itself.
-    pub caller: String,
+    /// The return address: symbol and offset, or the address itself; none where
+    /// records do not tell it (plain).
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub caller: Option<String>,
     /// Where code runs, or is returned to, that is none of the kernel's.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub mark: Option<Mark>,
@@ -119,19 +121,19 @@ impl Evidence {
 
 impl PathStep {
     pub(crate) fn of(step: &Step<'_>) -> Self {
-        let (func, caller) = (&step.func, &step.caller);
-        let mark = match (func.name.kind, caller.name.kind) {
-            (Kind::Outside, _) | (_, Kind::Outside) => Some(Mark::Outside),
+        let (func, caller) = (&step.func, step.caller.as_ref());
+        let mark = match (func.name.kind, caller.map(|caller| caller.name.kind)) {
+            (Kind::Outside, _) | (_, Some(Kind::Outside)) => Some(Mark::Outside),
             (Kind::Module, _) => Some(Mark::InModule),
-            (_, Kind::Module) => Some(Mark::FromModule),
-            (Kind::Kernel, Kind::Kernel) => None,
+            (_, Some(Kind::Module)) => Some(Mark::FromModule),
+            (Kind::Kernel, Some(Kind::Kernel) | None) => None,
         };
         let function = func
             .entered()
             .map_or_else(|| func.address.to_string(), str::to_owned);
         Self {
             function: escape(function.as_bytes()),
-            caller: site(caller),
+            caller: caller.map(site),
             mark,
         }
     }

@@ -41,7 +41,8 @@ impl Default for ProfileLimits {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Step<'n> {
     pub(crate) func: Place<'n>,
-    pub(crate) caller: Place<'n>,
+    /// None where its record does not tell (plain).
+    pub(crate) caller: Option<Place<'n>>,
 }
 
 /// Where and when something was seen first.

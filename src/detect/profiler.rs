@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use super::profile::{note, Example, Function, Profile, ProfileLimits, Seen, Silence, Step};
 use super::site::{is_system_call, Label, Site};
-use crate::callflow::{Closed, Event, Fit, Happening, Kind, Opened, Spent};
+use crate::callflow::{Closed, Event, Fit, Happening, Kind, Opened, Place, Spent};
 use crate::ring::record::{Comm, Task};
 
 /// Fewer records than this by other CPUs make no silence of one.
@@ -218,7 +218,7 @@ impl<'n> Profiler<'n> {
             label,
             step: Step {
                 func: call.func,
-                caller: call.caller,
+                caller: told(call),
             },
             losses: self.losses,
             holed: false,
@@ -253,22 +253,30 @@ impl<'n> Profiler<'n> {
         let profile = &mut self.profile;
         let (edges, limit) = (&mut profile.edges, profile.limits.edges);
         let mut room = true;
+        let caller = told(call);
         if call.depth == 0 {
             let root = profile.roots.entry(label).or_default();
-            let site = Site::of(&call.caller);
-            room = note(&mut root.callers, edges, limit, site, example);
-        }
-        match call.caller.name.kind {
-            Kind::Kernel => {}
-            Kind::Module => {
-                let function = profile.functions.entry(label).or_default();
-                let module = call.caller.name.module;
-                room &= note(&mut function.from_modules, edges, limit, module, example);
+            if let Some(caller) = &caller {
+                let site = Site::of(caller);
+                room = note(&mut root.callers, edges, limit, site, example);
             }
-            Kind::Outside => {
+        }
+        match caller.map(|caller| caller.name) {
+            Some(name) if name.kind == Kind::Module => {
+                let function = profile.functions.entry(label).or_default();
+                room &= note(
+                    &mut function.from_modules,
+                    edges,
+                    limit,
+                    name.module,
+                    example,
+                );
+            }
+            Some(name) if name.kind == Kind::Outside => {
                 let function = profile.functions.entry(label).or_default();
                 once_more(&mut function.from_outside, example);
             }
+            _ => {}
         }
         profile.skipped.no_room += u64::from(!room);
         if call.depth == 0 {
@@ -311,7 +319,7 @@ impl<'n> Profiler<'n> {
         process.total += 1;
         let step = Step {
             func: call.func,
-            caller: call.caller,
+            caller: told(call),
         };
         let example = || Example {
             boot: event.boot,
@@ -454,6 +462,12 @@ impl<'n> Profile<'n> {
         }
         self.skipped.no_room += u64::from(!room);
     }
+}
+
+/// Where a call was made from, if its record tells. One with a key always does:
+/// there, 0 is no less strange than any other address outside.
+fn told<'n>(call: &Opened<'n>) -> Option<Place<'n>> {
+    (call.epoch != 0 || call.caller.address.0 != 0).then_some(call.caller)
 }
 
 fn once_more<'n>(seen: &mut Option<Seen<'n>>, example: impl FnOnce() -> Example<'n>) {

@@ -89,6 +89,15 @@ impl Rule {
         }
     }
 
+    /// Whether records of mode plain, which have no key, no return address and
+    /// no name of a task, leave nothing to judge.
+    pub fn needs_keyed(self) -> bool {
+        matches!(
+            self,
+            Self::WrongCaller | Self::UnknownSequence | Self::ForgedRecord | Self::KeyTouched
+        )
+    }
+
     /// Why what it finds matters.
     pub fn reason(self) -> &'static str {
         match self {

@@ -9,7 +9,7 @@ use super::profile::{ProfileLimits, Skipped};
 use super::profile_of;
 use super::rules::{Rule, Severity};
 use crate::callflow::{Kernels, Tally};
-use crate::session::{FindingKind, Session, SessionError, State};
+use crate::session::{FindingKind, Meta, Mode, Session, SessionError, State};
 
 /// What the `format` of a verdict says.
 const FORMAT: &str = "xftrace-verdict";
@@ -57,6 +57,8 @@ pub struct Verdict {
     pub lost: u64,
     /// What was left out, and why.
     pub skipped: Skipped,
+    /// Rules that could not be judged by what the session has.
+    pub not_judged: Vec<Rule>,
     /// Why an absence of findings means nothing.
     pub doubts: Vec<String>,
     /// What weakens the verdict without undoing it.
@@ -116,7 +118,8 @@ pub fn check(
     findings.extend(caught(session, &tally)?);
     findings.sort_by_key(|finding| std::cmp::Reverse(finding.severity));
 
-    let lost = tally.lost_records.total();
+    let not_judged = not_judged(session, &mut doubts);
+    let lost = tally.lost_records.total().max(unread(session));
     if tally.calls == 0 {
         doubts.push("the session has no calls; a trace of nothing proves nothing".to_owned());
     } else if lost.saturating_mul(LOSSY) > tally.calls.saturating_mul(2).saturating_add(lost) {
@@ -174,11 +177,44 @@ pub fn check(
         calls: profile.calls,
         lost,
         skipped: profile.skipped,
+        not_judged,
         doubts,
         remarks,
         findings,
         not_listed,
     })
+}
+
+/// The rules that the session's records cannot be judged by.
+fn not_judged(session: &Session, doubts: &mut Vec<String>) -> Vec<Rule> {
+    if session.meta.mode == Mode::Keyed {
+        return Vec::new();
+    }
+    doubts.push(
+        "the records are plain: they have no key, so that root in the guest can make up a trace \
+         that looks clean, and no return address, so that the rules of who calls cannot be \
+         judged; trace a guest whose kernel has the patch"
+            .to_owned(),
+    );
+    let rules = Rule::ALL.into_iter();
+    rules.filter(|rule| rule.needs_keyed()).collect()
+}
+
+/// How many records the guest wrote by its own count, and nobody read. Only in
+/// mode plain are losses not numbered in the records themselves.
+fn unread(session: &Session) -> u64 {
+    let Meta {
+        guest_counts,
+        counters,
+        ..
+    } = &session.meta;
+    let read = counters
+        .records
+        .saturating_add(counters.forged)
+        .saturating_add(counters.other);
+    guest_counts
+        .as_ref()
+        .map_or(0, |counts| counts.written.saturating_sub(read))
 }
 
 fn profile_roots(profile: &super::Profile<'_>) -> Vec<String> {

@@ -5,7 +5,8 @@ use proptest::prelude::*;
 use xftrace::detect::{
     judge, profile_items, Baseline, Finding, Profile, ProfileLimits, Rule, Severity, MIN_CALLS,
 };
-use xftrace::ring::record::{ForgedWhy, Item, LostWhy, TraceFlags};
+use xftrace::kernel::Gva;
+use xftrace::ring::record::{ForgedWhy, Item, LostWhy, TraceFlags, What};
 
 use crate::dsl::{address, Story, Table, IN_MODULE, NOWHERE};
 use crate::forest::{forest, play};
@@ -112,6 +113,47 @@ fn a_clean_guest_is_clean() {
         read(&mut story);
     }
     assert_eq!(check(&story.items, Some(&known)), []);
+}
+
+/// The same as records of mode plain have it.
+fn plain(mut items: Vec<Item>) -> Vec<Item> {
+    for item in &mut items {
+        match &mut item.what {
+            What::Call(call) => (call.caller, call.epoch, call.task.comm) = (Gva(0), 0, None),
+            What::Return(ret) => (ret.caller, ret.epoch) = (Gva(0), 0),
+            _ => {}
+        }
+    }
+    items
+}
+
+#[test]
+fn plain_records_without_callers_are_clean_and_what_they_do_tell_is_judged() {
+    let known = learn(&plain(clean()));
+    assert!(known.roots["__x64_sys_read"].system_call);
+    for baseline in [None, Some(&known), Some(&learn(&clean()))] {
+        assert_eq!(check(&plain(clean()), baseline), []);
+    }
+    let hooked = plain(now_and_then(1, |story| {
+        story.leaf("getname");
+    }));
+    let found = check(&hooked, Some(&known));
+    assert_eq!(alarms(&found)[0], Rule::UnexpectedCallee);
+    let evidence = found[0].evidence.as_ref().expect("evidence");
+    assert!(evidence.path.iter().all(|step| step.caller.is_none()));
+    let in_module = plain(now_and_then(1, |story| {
+        story.call_at(IN_MODULE, Gva(0)).ret();
+    }));
+    let found = alarms(&check(&in_module, Some(&known)));
+    assert_eq!(found, [Rule::UnknownModule, Rule::CallCount]);
+}
+
+#[test]
+fn address_0_is_no_caller_that_a_record_with_a_key_may_have() {
+    let mut story = Story::new();
+    story.call_from("__x64_sys_read", Gva(0)).ret();
+    let found = alarms(&check(&story.items, None));
+    assert_eq!(found, [Rule::OutsideText, Rule::WrongCaller]);
 }
 
 #[test]

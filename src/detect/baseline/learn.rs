@@ -6,7 +6,7 @@ use super::{Band, Baseline, Function, Learnt, Root, Silence, Skipped, TwoKernels
 use crate::callflow::{Kernels, Tally};
 use crate::detect::histogram::Histogram;
 use crate::detect::profile::{Profile, Silence as Silent};
-use crate::detect::site::{is_dispatcher, Label, Labels, MODULE};
+use crate::detect::site::{is_dispatcher, is_system_call, Label, Labels, MODULE};
 use crate::detect::{profile_of, ProfileLimits, MIN_CALLS};
 use crate::kernel::escape;
 use crate::session::{Session, SessionError, State};
@@ -149,7 +149,8 @@ impl Baseline {
                     .keys()
                     .map(|site| escape(site.to_string().as_bytes()))
                     .collect(),
-                system_call: root.callers.keys().any(is_dispatcher),
+                system_call: is_system_call(labels.name(label))
+                    || root.callers.keys().any(is_dispatcher),
                 calls: Band::of(&root.calls, |calls| calls),
                 duration: pace
                     .and_then(|pace| Band::of(&root.spent, |nanos| pace.hundredths(nanos))),

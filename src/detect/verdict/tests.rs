@@ -11,8 +11,8 @@ use crate::kernel::Symbols;
 use crate::keys::Tamper;
 use crate::ring::RecordFormat;
 use crate::session::{
-    Boot, EndReason, Finding as Caught, Meta, Mode, QemuProcess, SessionWriter, FINDINGS_FILE,
-    KLOG_FILE,
+    Boot, EndReason, Finding as Caught, GuestCounts, Meta, Mode, QemuProcess, SessionWriter,
+    FINDINGS_FILE, KLOG_FILE,
 };
 
 const BANNER: &str = "Linux version 6.1.0-xf\n";
@@ -137,6 +137,27 @@ fn a_baseline_of_another_kernel_tells_nothing() {
 }
 
 #[test]
+fn plain_records_prove_nothing_and_the_rules_that_need_more_are_named() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut session = session(dir.path(), &[]);
+    let keyed = check(&session, None).expect("a verdict");
+    assert_eq!(keyed.not_judged, []);
+    session.meta.mode = Mode::Plain;
+    session.meta.counters.records = 60;
+    let mut counts = GuestCounts::default();
+    counts.written = 100;
+    session.meta.guest_counts = Some(counts);
+    let plain = check(&session, None).expect("a verdict");
+    assert_eq!(plain.conclusion, Conclusion::CouldNotTell);
+    assert!(plain.not_judged.contains(&Rule::WrongCaller));
+    assert!(!plain.not_judged.contains(&Rule::UnexpectedCallee));
+    assert_eq!(
+        (plain.lost, plain.doubts.len()),
+        (40, keyed.doubts.len() + 1)
+    );
+}
+
+#[test]
 fn a_half_written_last_finding_is_left_out() {
     let dir = tempfile::tempdir().expect("a directory");
     let session = session(dir.path(), &[touched()]);
@@ -164,6 +185,7 @@ fn full() -> Verdict {
         calls: 1,
         lost: 0,
         skipped: Skipped::default(),
+        not_judged: vec![Rule::WrongCaller],
         doubts: vec!["d".into()],
         remarks: vec!["r".into()],
         findings: vec![Finding {
@@ -182,7 +204,7 @@ fn full() -> Verdict {
                 task: Some("cat".into()),
                 path: vec![PathStep {
                     function: "vfs_read".into(),
-                    caller: "0x5555".into(),
+                    caller: Some("0x5555".into()),
                     mark: Some(Mark::Outside),
                 }],
             }),
