@@ -15,12 +15,15 @@ use crate::session::Session;
 
 /// Runs the command.
 pub(super) fn run(context: &Context, args: &ReportArgs) -> anyhow::Result<Exit> {
-<<<<<<< HEAD
     // An image's session is gone with this.
     let mut _keep = None;
     let session = match (&args.session, &args.domain, &args.image.memory) {
         (Some(dir), ..) => Session::open(dir)?,
-        (None, Some(domain), _) => Session::open(&newest(context, &context.config()?, domain)?)?,
+        (None, Some(domain), _) => Session::open(&target::newest_session(
+            context,
+            &context.config()?,
+            domain,
+        )?)?,
         (None, None, Some(memory)) => {
             let image = Image::open(&context.config()?, &args.image, memory)?;
             let (dir, session) = image.session(args.klog.as_deref())?;
@@ -29,13 +32,6 @@ pub(super) fn run(context: &Context, args: &ReportArgs) -> anyhow::Result<Exit> 
         }
         // clap wants one of the three.
         (None, None, None) => anyhow::bail!("name a session's directory, or a domain with -d"),
-=======
-    let dir = match (&args.session, &args.domain) {
-        (Some(dir), _) => dir.clone(),
-        (None, Some(domain)) => target::newest_session(context, &context.config()?, domain)?,
-        // clap wants one of the two.
-        (None, None) => anyhow::bail!("name a session's directory, or a domain with -d"),
->>>>>>> 9cfde4c (detect: judge a session by its call flow, and learn baselines)
     };
     let format = match args.format {
         Format::Text => output::Format::Text(match args.clock {

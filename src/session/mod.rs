@@ -27,7 +27,6 @@ mod settle;
 mod store;
 mod write;
 
-pub use follow::{Follow, Look, HELD, SETTLE};
 pub use follow::{Follow, Look, HELD};
 pub use maps::MapId;
 pub use meta::{

@@ -13,11 +13,7 @@ use crate::ring::{CodeMap, Decoder};
 
 use super::maps::Maps;
 use super::store::ChunkReader;
-<<<<<<< HEAD
-use super::{Boot, Meta, Mode, SessionError, KLOG_FILE};
-=======
-use super::{Boot, Finding, Meta, Mode, SessionError, FINDINGS_FILE, KLOG_FILE, SYMBOLS_FILE};
->>>>>>> 9cfde4c (detect: judge a session by its call flow, and learn baselines)
+use super::{Boot, Finding, Meta, Mode, SessionError, FINDINGS_FILE, KLOG_FILE};
 
 /// `MODULES_VADDR` and `MODULES_END` (arch/x86/include/asm/pgtable_64_types.h)
 /// of a kernel with RANDOMIZE_BASE, whose image has 1 GiB.

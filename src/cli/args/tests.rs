@@ -39,6 +39,11 @@ fn values_out_of_bounds_are_usage_errors() {
         &["off", "--no-copy", "-o", "x"],
         &["report"],
         &["report", "dir", "-d", "web1"],
+        &["check", "dir", "-d", "web1"],
+        &["check", "--baseline", "../x"],
+        &["baseline"],
+        &["baseline", "learn", "web"],
+        &["baseline", "show", "a/b"],
         &["helper", "--uuid", "../../etc"],
     ] {
         let error = parse(line).expect_err(&format!("{line:?} is taken"));
