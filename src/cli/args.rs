@@ -13,10 +13,11 @@ use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum, ValueHint};
 use uuid::Uuid;
 
 use crate::config::{parse_function, parse_interval, ByteSize, DEFAULT_CONFIG_PATH};
-use crate::detect::Store;
 
+mod detect;
 mod image;
 
+pub use detect::{BaselineAction, BaselineArgs, CheckArgs};
 pub use image::{ImageOption, MachineName};
 
 /// Record which kernel functions a Linux guest calls, from its host, while it runs
@@ -418,101 +419,6 @@ pub enum Clock {
     Guest,
 }
 
-/// Say whether a guest's kernel control flow is hooked
-///
-/// Judges a recorded session: by what no kernel does and, with a baseline, by
-/// what the guest did when it was clean. A session that is still written is
-/// judged as far as it goes. docs/detection.md says what each rule sees.
-#[derive(Debug, Clone, Args)]
-#[command(after_long_help = "\
-Examples:
-  xftrace check -d web1 --baseline web
-  xftrace check /var/log/libvirt/qemu/web1.xftrace/20261123T093000Z
-  xftrace check -d web1 --json | jq '.findings[] | .what'
-
-Exit status:
-  0  clean, as far as the rules can see
-  1  something was found
-  2  it could not be told, or an error")]
-pub struct CheckArgs {
-    /// The directory of a session
-    #[arg(value_name = "SESSION", value_hint = ValueHint::DirPath, conflicts_with = "domain")]
-    pub session: Option<PathBuf>,
-
-    /// The domain whose newest session to check: a name, id or UUID
-    ///
-    /// Without it and without a session, the only enrolled domain that runs.
-    #[arg(short, long, value_name = "DOMAIN", value_parser = domain_text)]
-    pub domain: Option<String>,
-
-    /// The baseline to compare with [default: the configuration's]
-    #[arg(short, long, value_name = "NAME", value_parser = baseline_name)]
-    pub baseline: Option<String>,
-
-    /// Print JSON, as docs/verdict.schema.json describes it
-    #[arg(long)]
-    pub json: bool,
-}
-
-/// Learn how a clean guest behaves, and look at what was learnt
-///
-/// A baseline is made of sessions of a guest that is known to be clean, traced
-/// with the functions that it is to be checked with, while it did what it
-/// usually does. It is of one build of one kernel.
-#[derive(Debug, Clone, Args)]
-#[command(
-    subcommand_required = true,
-    arg_required_else_help = true,
-    after_long_help = "\
-Examples:
-  xftrace baseline learn web /var/log/libvirt/qemu/web1.xftrace/2026*
-  xftrace baseline show web
-  xftrace baseline diff web web-new
-  xftrace baseline diff web /var/log/libvirt/qemu/web1.xftrace/20261123T093000Z"
-)]
-pub struct BaselineArgs {
-    /// What to do.
-    #[command(subcommand)]
-    pub action: BaselineAction,
-}
-
-/// What `xftrace baseline` does.
-#[derive(Debug, Clone, Subcommand)]
-pub enum BaselineAction {
-    /// Learn from clean sessions; a baseline that is there is widened
-    Learn {
-        /// The baseline
-        #[arg(value_name = "NAME", value_parser = baseline_name)]
-        name: String,
-        /// The directories of sessions
-        #[arg(value_name = "SESSION", required = true, value_hint = ValueHint::DirPath)]
-        sessions: Vec<PathBuf>,
-    },
-    /// Show what a baseline knows
-    Show {
-        /// The baseline
-        #[arg(value_name = "NAME", value_parser = baseline_name)]
-        name: String,
-    },
-    /// Show what is only in one of two baselines, or only in a baseline or a session
-    Diff {
-        /// The baseline
-        #[arg(value_name = "NAME", value_parser = baseline_name)]
-        name: String,
-        /// Another baseline's name, or the directory of a session
-        #[arg(value_name = "NAME|SESSION", value_hint = ValueHint::DirPath)]
-        other: String,
-    },
-    /// List the baselines
-    List,
-    /// Remove a baseline
-    Remove {
-        /// The baseline
-        #[arg(value_name = "NAME", value_parser = baseline_name)]
-        name: String,
-    },
-}
-
 /// Show the call flow as it happens
 ///
 /// Follows the trace that is on, from its beginning, until it ends or until
@@ -666,14 +572,6 @@ fn domain_text(text: &str) -> Result<String, String> {
         return Err("a domain's name has no NUL in it".to_owned());
     }
     Ok(text.to_owned())
-}
-
-/// The name of a baseline.
-fn baseline_name(text: &str) -> Result<String, String> {
-    if Store::is_name(text) {
-        return Ok(text.to_owned());
-    }
-    Err("a baseline's name has letters, digits, '-', '_' and '.', not first, at most 64".to_owned())
 }
 
 /// A ring buffer's size: from 64 KiB, below which a few calls fill it, to

@@ -46,11 +46,12 @@ pub enum Rule {
     KeyTouched,
     TracerOff,
     RecordingOff,
+    BufferSwapped,
 }
 
 impl Rule {
     /// All rules, in the order in which they are listed.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::OutsideText,
         Self::UnknownModule,
         Self::WrongCaller,
@@ -66,6 +67,7 @@ impl Rule {
         Self::KeyTouched,
         Self::TracerOff,
         Self::RecordingOff,
+        Self::BufferSwapped,
     ];
 
     /// Its name, as output and JSON have it.
@@ -86,6 +88,7 @@ impl Rule {
             Self::KeyTouched => "key-touched",
             Self::TracerOff => "tracer-off",
             Self::RecordingOff => "recording-off",
+            Self::BufferSwapped => "buffer-swapped",
         }
     }
 
@@ -153,6 +156,10 @@ impl Rule {
             }
             Self::TracerOff => "somebody in the guest switched the tracer off",
             Self::RecordingOff => "somebody in the guest stopped the trace buffer from recording",
+            Self::BufferSwapped => {
+                "somebody in the guest took a snapshot of the trace buffer: what was recorded \
+                 between two of them may never have been read"
+            }
         }
     }
 }

@@ -89,7 +89,7 @@ pub fn check(
     session: &Session,
     baseline: Option<(&str, &Baseline)>,
 ) -> Result<Verdict, SessionError> {
-    let names = Kernels::of(session);
+    let names = Kernels::of(session)?;
     let (profile, tally) = profile_of(session, &names, ProfileLimits::default())?;
     let mut doubts = Vec::new();
     let mut remarks = Vec::new();
@@ -327,6 +327,11 @@ fn caught(session: &Session, tally: &Tally) -> Result<Vec<Finding>, SessionError
                 Rule::RecordingOff,
                 "trace buffer",
                 "recording was off while the trace was on",
+            ),
+            FindingKind::BufferSwapped => (
+                Rule::BufferSwapped,
+                "trace buffer",
+                "the trace buffer was swapped for another while the trace was on",
             ),
         };
         match all

@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::detect::Baseline;
 use crate::kernel::control::SwitchState;
 use crate::kernel::stock::{StockError, TraceArray};
 use crate::keys::{KeyError, KeyHistory, Klog, KlogError};
@@ -14,16 +13,18 @@ use crate::ring::record::What;
 use crate::ring::{Chunk, Decoder, Drained, Gap, RingError, RingReader};
 use crate::session::{
     Boot, EndReason, Finding, FindingKind, GuestCode, Meta, SessionError, SessionWriter, State,
-    SwitchChange, FINDINGS_FILE, KLOG_FILE,
+    SwitchChange, KLOG_FILE,
 };
 
 use super::clocks::Clocks;
 use super::keyring::{KeyThread, Keys};
 use super::link::{Link, LinkError};
-use super::notify::{brief, Notifier, Told};
+use super::notify::Notifier;
 use super::ratelimit::{RateLimit, Verdict};
-use super::sentry::{self, Sentry};
+use super::sentry::Sentry;
 use super::watch::{wall_ns, Guest, Watch};
+
+mod found;
 
 /// How often `session.json` is brought up to date.
 const SAVE_EVERY: Duration = Duration::from_secs(1);
@@ -199,30 +200,6 @@ impl Trace {
     /// kernel's image, which is in no module.
     pub(super) fn goes_on_in(&mut self, ram: Arc<dyn GuestRam>) {
         self.ram = ram;
-    }
-
-    /// Has findings told to a command.
-    pub(super) fn tell(&mut self, notifier: Option<Arc<Notifier>>) {
-        self.notifier = notifier;
-    }
-
-    /// Judges what is drained from now on.
-    pub(super) fn judge_by(&mut self, baseline: Baseline) -> std::io::Result<()> {
-        self.sentry = Some(Sentry::start(baseline)?);
-        self.tell_boot();
-        Ok(())
-    }
-
-    fn tell_boot(&mut self) {
-        let (Some(sentry), Some(live)) = (&mut self.sentry, &self.live) else {
-            return;
-        };
-        sentry.boot(sentry::Kernel {
-            boot: self.writer.meta.boots.last().map_or(1, |boot| boot.number),
-            symbols: Arc::clone(&live.guest.symbols),
-            slide: live.guest.kernel.slide,
-            banner: live.guest.kernel.banner.clone(),
-        });
     }
 
     /// The guest has booted, into this kernel: its first records, if there
@@ -453,44 +430,6 @@ impl Trace {
         self.note_clocks(watch);
         self.count();
         self.save();
-    }
-
-    /// Notes what the call flow showed.
-    fn detected(&mut self, found: &[crate::detect::Finding]) {
-        for finding in found {
-            self.finding(Finding {
-                wall_ns: wall_ns(),
-                kind: FindingKind::ControlFlow(Box::new(finding.into())),
-            });
-        }
-    }
-
-    /// Notes, and logs, what the guest was caught at, and has it told.
-    pub(super) fn finding(&mut self, finding: Finding) {
-        if let Verdict::Say { dropped } = self.said.ask() {
-            log::warn!(
-                "domain {}: {}{}",
-                self.writer.meta.domain.escape_debug(),
-                serde_json::to_string(&brief(&finding.kind)).unwrap_or_default(),
-                if dropped > 0 {
-                    format!(" ({dropped} findings before it are in {FINDINGS_FILE} only)")
-                } else {
-                    String::new()
-                }
-            );
-        }
-        if let Some(notifier) = &self.notifier {
-            let told = Told {
-                domain: &self.writer.meta.domain,
-                uuid: self.writer.meta.uuid,
-                session: self.writer.dir(),
-                finding: &finding,
-            };
-            notifier.tell(told.json());
-        }
-        if let Err(error) = self.writer.finding(&finding) {
-            self.cannot_store(&error);
-        }
     }
 
     fn note_clocks(&mut self, watch: &Watch) {

@@ -108,6 +108,10 @@ fn what_examples_are_piped_to_finds_it() {
             "\"records\":2",
         ),
         ("xftrace follow | head -100", "vfs_read();"),
+        (
+            "xftrace check -d web1 --json | jq '.findings[] | .what'",
+            "\"records decode under no key: ",
+        ),
     ];
     for (line, found) in finds {
         let Output {

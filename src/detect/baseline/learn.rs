@@ -97,7 +97,7 @@ impl Baseline {
         if let Some(other) = banners.find(|other| *other != banner) {
             return Err(TwoKernels(banner.to_owned(), other.to_owned()).into());
         }
-        let names = Kernels::of(session);
+        let names = Kernels::of(session)?;
         let (profile, tally) = profile_of(session, &names, ProfileLimits::default())?;
         let mut baseline = Self::from_profile(banner, &profile, &tally)?;
         let learnt = Learnt {

@@ -11,11 +11,34 @@ use crate::kernel::Symbols;
 use crate::keys::Tamper;
 use crate::ring::RecordFormat;
 use crate::session::{
-    Boot, EndReason, Finding as Caught, GuestCounts, Meta, Mode, QemuProcess, SessionWriter,
+    Boot, EndReason, Finding as Caught, GuestCounts, MapId, Meta, Mode, QemuProcess, SessionWriter,
     FINDINGS_FILE, KLOG_FILE,
 };
 
 const BANNER: &str = "Linux version 6.1.0-xf\n";
+
+/// The one boot of it.
+fn boot(map: MapId) -> Boot {
+    Boot {
+        number: 1,
+        boot_id: 1,
+        banner: BANNER.into(),
+        symbols: map,
+        slide: 0,
+        phys_text: 0,
+        levels: 4,
+        nr_cpus: 2,
+        types: RecordFormat::Keyed(RecordTypes {
+            root: 1,
+            call: 2,
+            ret: 3,
+            plain_call: 4,
+            plain_ret: 5,
+        }),
+        found_ns: 1,
+        clocks: None,
+    }
+}
 
 /// A closed session without records, in which the guest was caught at `kinds`.
 fn session(dir: &Path, kinds: &[FindingKind]) -> Session {
@@ -40,29 +63,15 @@ fn session(dir: &Path, kinds: &[FindingKind]) -> Session {
         end: Some(EndReason::Off),
         interval_ns: 1_000_000_000,
         switches: Vec::new(),
-        boots: vec![Boot {
-            number: 1,
-            boot_id: 1,
-            banner: BANNER.into(),
-            slide: 0,
-            phys_text: 0,
-            levels: 4,
-            nr_cpus: 2,
-            types: RecordFormat::Keyed(RecordTypes {
-                root: 1,
-                call: 2,
-                ret: 3,
-                plain_call: 4,
-                plain_ret: 5,
-            }),
-            found_ns: 1,
-            clocks: None,
-        }],
+        boots: Vec::new(),
         counters: Default::default(),
         guest_counts: None,
     };
     let place = dir.join("session");
-    let mut writer = SessionWriter::create(&place, meta, &symbols, 0).expect("a session");
+    let mut writer = SessionWriter::create(&place, meta).expect("a session");
+    let map = writer.store_symbols(&symbols, 0).expect("its symbols");
+    writer.meta.boots.push(boot(map));
+    writer.save().expect("a session");
     crate::keys::Klog::create(&place.join(KLOG_FILE)).expect("a klog");
     for kind in kinds {
         let caught = Caught {
@@ -94,6 +103,7 @@ fn what_the_helper_caught_is_a_finding_and_repeats_are_counted() {
         FindingKind::RecordingOff,
         touched(),
         FindingKind::TracerOff,
+        FindingKind::BufferSwapped,
     ];
     let verdict = check(&session(dir.path(), &kinds), None).expect("a verdict");
     assert_eq!(verdict.conclusion, Conclusion::Findings);
@@ -108,7 +118,8 @@ fn what_the_helper_caught_is_a_finding_and_repeats_are_counted() {
         [
             (Rule::KeyTouched, 2),
             (Rule::TracerOff, 1),
-            (Rule::RecordingOff, 1)
+            (Rule::RecordingOff, 1),
+            (Rule::BufferSwapped, 1)
         ]
     );
 }

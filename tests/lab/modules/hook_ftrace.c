@@ -27,7 +27,7 @@ static void notrace divert(unsigned long ip, unsigned long parent_ip,
 	if (within_module(parent_ip, THIS_MODULE))
 		return;
 	original = (void *)ip;
-	ftrace_instruction_pointer_set(fregs, (unsigned long)passed_on);
+	instruction_pointer_set(ftrace_get_regs(fregs), (unsigned long)passed_on);
 }
 
 static struct ftrace_ops ops = {
