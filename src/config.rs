@@ -18,7 +18,8 @@ use std::time::Duration;
 use serde::Deserialize;
 
 pub use values::{
-    parse_function, parse_interval, AutoEnroll, ByteSize, LogTarget, INTERVAL_MAX, INTERVAL_MIN,
+    parse_baseline, parse_function, parse_interval, AutoEnroll, ByteSize, LogTarget, INTERVAL_MAX,
+    INTERVAL_MIN,
 };
 
 /// Where the configuration is looked for when nothing else is said.
@@ -41,8 +42,8 @@ pub struct Config {
     pub at_start: bool,
     /// Domains that count as enrolled by their name alone.
     pub auto_enroll: AutoEnroll,
-    /// The baseline that a guest is checked against where nothing else is said;
-    /// empty for none.
+    /// The baseline that a guest is checked against where neither the command nor
+    /// the domain names one; empty for none.
     #[serde(deserialize_with = "values::baseline")]
     pub baseline: String,
     /// A command that is run for each finding, with it on standard input: an

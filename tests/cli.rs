@@ -40,7 +40,7 @@ fn host(dir: &Path) -> (String, String) {
         &config,
         format!(
             "auto_enroll = [\"web-*\"]\n[paths]\nrun = \"{shown}/run\"\nsessions = \"{shown}\"\n\
-             symbols = \"{shown}/symbols\"\nlibvirt_hooks = \"{shown}/hooks\"\n\
+             symbols = \"{shown}/symbols\"\nbaselines = \"{shown}/baselines\"\nlibvirt_hooks = \"{shown}/hooks\"\n\
              qemu_conf = \"{shown}/qemu.conf\"\n"
         ),
     )
@@ -217,6 +217,29 @@ fn enrolling_for_a_stock_kernel_tells_what_to_boot_it_with() {
                 ))
                 .and(contains(format!("\n  {parameters}\n"))),
         );
+}
+
+#[test]
+fn a_domain_is_enrolled_with_a_baseline_that_may_be_learnt_later() {
+    let dir = tempfile::tempdir().unwrap();
+    let (uri, config) = host(dir.path());
+    let enroll = |name: &str| {
+        let mut command = xftrace();
+        command.args(["-c", &uri, "--config", &config, "enroll", "fd"]);
+        command.args(["--baseline", name]);
+        command.assert()
+    };
+    enroll("web")
+        .code(0)
+        .stdout(contains("judged by baseline web"))
+        .stderr(contains("warning: there is no baseline \"web\"").and(contains("learn web")));
+    enroll("../web")
+        .code(2)
+        .stderr(contains("no baseline's name"));
+    let baselines = dir.path().join("baselines");
+    std::fs::create_dir(&baselines).unwrap();
+    std::fs::write(baselines.join("web.json"), "{}").unwrap();
+    enroll("web").code(2).stderr(contains("web.json"));
 }
 
 #[test]

@@ -7,29 +7,39 @@ use super::out::Stdout;
 use super::{target, Context, Exit};
 use crate::cli::args::CheckArgs;
 use crate::detect::{self, Conclusion, Evidence, Finding, Severity, Store, Verdict};
+use crate::libvirt::enrolment::Enrolment;
 use crate::session::Session;
 
 /// Runs the command.
 pub(super) fn run(context: &Context, args: &CheckArgs) -> anyhow::Result<Exit> {
     let config = context.config()?;
-    let dir = match (&args.session, &args.domain) {
-        (Some(dir), _) => dir.clone(),
-        (None, Some(domain)) => target::newest_session(context, &config, domain)?,
+    let (dir, domain) = match (&args.session, &args.domain) {
+        (Some(dir), _) => (dir.clone(), None),
+        (None, Some(typed)) => {
+            let known = target::known(context, typed);
+            let name = known.as_ref().map_or(typed, |domain| &domain.name);
+            (target::newest_session(&config, name)?, known)
+        }
         (None, None) => {
             let domain = target::running(context, &config, None)?;
-            target::newest_session(context, &config, &domain.name)?
+            (target::newest_session(&config, &domain.name)?, Some(domain))
         }
     };
-    let name = args.baseline.as_deref().or_else(|| {
-        let configured = config.baseline.as_str();
-        (!configured.is_empty()).then_some(configured)
-    });
+    let name = args
+        .baseline
+        .clone()
+        .or_else(|| Enrolment::baseline_of(domain.as_ref(), &config));
     let baseline = match name {
-        Some(name) => Some((name, Store::at(&config.paths.baselines).load(name)?)),
+        Some(name) => {
+            let baseline = Store::at(&config.paths.baselines).load(&name)?;
+            Some((name, baseline))
+        }
         None => None,
     };
     let session = Session::open(&dir)?;
-    let known = baseline.as_ref().map(|(name, baseline)| (*name, baseline));
+    let known = baseline
+        .as_ref()
+        .map(|(name, baseline)| (name.as_str(), baseline));
     let verdict = detect::check(&session, known)?;
     let mut out = Stdout::new();
     if args.json {

@@ -7,6 +7,7 @@ use anyhow::{bail, Context as _};
 
 use super::{hook, out, Context, Exit};
 use crate::cli::args::EnrollArgs;
+use crate::detect::{Store, StoreError};
 use crate::kernel::stock::command_line;
 use crate::kernel::Symbols;
 use crate::libvirt::connection::{Connection, Domain, Mode};
@@ -23,6 +24,11 @@ pub(super) fn run(context: &Context, args: &EnrollArgs) -> anyhow::Result<Exit> 
     wanted.interval = args.interval;
     wanted.at_start = args.at_start;
     wanted.symbols = args.symbols.as_ref().map(symbols).transpose()?;
+
+    if let Some(name) = &args.baseline {
+        expect_baseline(context, name)?;
+        wanted.baseline = Some(name.clone());
+    }
 
     if args.plain {
         let names = ftrace_names(&args.functions, wanted.symbols.as_deref());
@@ -137,6 +143,16 @@ fn symbols(path: &PathBuf) -> anyhow::Result<PathBuf> {
     Ok(absolute)
 }
 
+/// Says where a baseline is not there yet, which it may be learnt under later.
+fn expect_baseline(context: &Context, name: &str) -> anyhow::Result<()> {
+    match Store::at(&context.config()?.paths.baselines).load(name) {
+        Ok(_) => {}
+        Err(error @ StoreError::None { .. }) => out::message(&format!("warning: {error}")),
+        Err(error) => return Err(error.into()),
+    }
+    Ok(())
+}
+
 /// Defines the edited XML, unless someone else has edited it in the meantime.
 pub(super) fn redefine(
     connection: &Connection,
@@ -173,7 +189,11 @@ fn options(trace: &Trace) -> String {
     let cmdline = trace.cmdline.as_ref().map_or(String::new(), |cmdline| {
         format!(", booted with '{cmdline}'")
     });
-    format!("{functions}{interval}{symbols}{start}{cmdline}")
+    let baseline = trace
+        .baseline
+        .as_ref()
+        .map_or(String::new(), |name| format!(", judged by baseline {name}"));
+    format!("{functions}{interval}{symbols}{baseline}{start}{cmdline}")
 }
 
 /// Enrols the running domain as well, whose memory can be read as it is: its

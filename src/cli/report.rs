@@ -19,11 +19,11 @@ pub(super) fn run(context: &Context, args: &ReportArgs) -> anyhow::Result<Exit> 
     let mut _keep = None;
     let session = match (&args.session, &args.domain, &args.image.memory) {
         (Some(dir), ..) => Session::open(dir)?,
-        (None, Some(domain), _) => Session::open(&target::newest_session(
-            context,
-            &context.config()?,
-            domain,
-        )?)?,
+        (None, Some(typed), _) => {
+            let known = target::known(context, typed);
+            let name = known.map_or_else(|| typed.clone(), |domain| domain.name);
+            Session::open(&target::newest_session(&context.config()?, &name)?)?
+        }
         (None, None, Some(memory)) => {
             let image = Image::open(&context.config()?, &args.image, memory)?;
             let (dir, session) = image.session(args.klog.as_deref())?;

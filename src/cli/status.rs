@@ -152,6 +152,17 @@ fn print(out: &mut impl Write, status: &Status) -> std::io::Result<()> {
         None => writeln!(out, "  keys     none")?,
     }
     writeln!(out, "  boot     {} of the session", trace.boot)?;
+    match &trace.judged {
+        None => writeln!(out, "  judged   no: no baseline is named")?,
+        Some(judged) => match &judged.cannot {
+            None => writeln!(
+                out,
+                "  judged   by baseline {}: {} findings",
+                judged.baseline, judged.findings
+            )?,
+            Some(why) => writeln!(out, "  judged   no: {why}")?,
+        },
+    }
     writeln!(
         out,
         "  records  {}; lost {} in {} places; forged {}; other tracers' {}",

@@ -69,16 +69,25 @@ pub fn running(
     Ok(domain)
 }
 
-/// The newest session of a domain. libvirt is asked what domain is meant; a
-/// domain that it does not know (any more) may still have left sessions.
+/// The domain that was typed, as it runs or else as it is defined; `None` where
+/// libvirt does not know it (any more), or is not there to be asked.
+pub fn known(context: &Context, typed: &str) -> Option<DomainXml> {
+    let connection = Connection::open(context.global.connect.as_deref(), Mode::ReadOnly).ok()?;
+    let domain = connection.domain(typed).ok()?;
+    let xml = match domain.is_active() {
+        Ok(true) => domain.live(),
+        _ => domain.persistent(),
+    };
+    xml.ok()?.ok()
+}
+
+/// The newest session of the domain of this name, which libvirt need not know
+/// any more.
 ///
 /// # Errors
 /// Where it has none.
-pub fn newest_session(context: &Context, config: &Config, typed: &str) -> anyhow::Result<PathBuf> {
-    let known = Connection::open(context.global.connect.as_deref(), Mode::ReadOnly)
-        .and_then(|connection| connection.domain(typed));
-    let name = known.map_or_else(|_| typed.to_owned(), |domain| domain.name().to_owned());
-    let dir = session::domain_dir(&config.paths.sessions, &name);
+pub fn newest_session(config: &Config, name: &str) -> anyhow::Result<PathBuf> {
+    let dir = session::domain_dir(&config.paths.sessions, name);
     session::list(&dir).into_iter().next().with_context(|| {
         format!(
             "domain '{}' has no session below {}; 'xftrace on' begins one",

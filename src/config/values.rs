@@ -8,6 +8,8 @@ use std::time::Duration;
 use glob::Pattern;
 use serde::de::{self, Deserialize, Deserializer, SeqAccess, Visitor};
 
+use crate::detect::Store;
+
 /// The shortest time that one key may last: a write and a sync to disk come
 /// before each.
 pub const INTERVAL_MIN: Duration = Duration::from_millis(10);
@@ -29,6 +31,19 @@ pub fn parse_interval(text: &str) -> Result<Duration, String> {
         ));
     }
     Ok(interval)
+}
+
+/// Reads the name of a baseline.
+///
+/// # Errors
+/// Where the text can be no such name.
+pub fn parse_baseline(text: &str) -> Result<String, String> {
+    if Store::is_name(text) {
+        return Ok(text.to_owned());
+    }
+    Err(format!(
+        "{text:?} is no baseline's name: letters, digits, '-', '_' and '.', not first, at most 64"
+    ))
 }
 
 /// A number of bytes, written as `4096`, `8M` or `2G` (powers of 1024).
@@ -80,12 +95,10 @@ impl<'de> Deserialize<'de> for ByteSize {
 /// The name of a baseline, or nothing.
 pub(super) fn baseline<'de, D: Deserializer<'de>>(from: D) -> Result<String, D::Error> {
     let name = String::deserialize(from)?;
-    if name.is_empty() || crate::detect::Store::is_name(&name) {
-        return Ok(name);
+    match name.is_empty() {
+        true => Ok(name),
+        false => parse_baseline(&name).map_err(de::Error::custom),
     }
-    Err(de::Error::custom(format!(
-        "{name:?} is no name of a baseline"
-    )))
 }
 
 /// A program's absolute path and its arguments, or nothing.

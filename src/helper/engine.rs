@@ -280,22 +280,17 @@ impl Engine {
         crate::session::domain_dir(&self.config.paths.sessions, &self.domain.name)
     }
 
-    /// Has the trace judged, where the configuration names a baseline. What
-    /// goes wrong is logged: a trace that is not judged is worth having.
-    pub(super) fn guard(&mut self) {
+    /// Has the trace judged, where the domain or the configuration names a
+    /// baseline.
+    fn guard(&mut self) {
         let Some(trace) = &mut self.trace else { return };
         trace.tell(self.notifier.clone());
-        let name = &self.config.baseline;
-        if name.is_empty() {
-            return;
-        }
-        match Store::at(&self.config.paths.baselines).load(name) {
-            Ok(baseline) => {
-                if let Err(error) = trace.judge_by(baseline) {
-                    log::error!("the trace is not judged while it is on: {error}");
-                }
-            }
-            Err(error) => log::error!("the trace is not judged while it is on: {error}"),
+        let name = match &self.enrolment {
+            Some(wanted) => wanted.baseline.clone(),
+            None => Enrolment::baseline_of(None, &self.config),
+        };
+        if let Some(name) = name {
+            trace.judge_by(name, &Store::at(&self.config.paths.baselines));
         }
     }
 
@@ -430,6 +425,7 @@ impl Engine {
                 boot: meta.boots.last().map_or(0, |boot| boot.number),
                 stored: trace.writer.size(),
                 counters: meta.counters,
+                judged: trace.judged(),
             }
         });
         let mut status = lock(&self.status);

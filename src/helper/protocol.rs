@@ -155,6 +155,19 @@ pub struct TraceStatus {
     pub stored: u64,
     /// What was counted.
     pub counters: Counters,
+    /// What it is judged by while it is on; none without a baseline.
+    pub judged: Option<JudgedStatus>,
+}
+
+/// How a trace is judged while it is on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JudgedStatus {
+    /// The baseline's name.
+    pub baseline: String,
+    /// Why it is not judged after all.
+    pub cannot: Option<String>,
+    /// How often something was told of.
+    pub findings: u64,
 }
 
 /// One end of a conversation.

@@ -68,8 +68,8 @@ pub(super) struct Sentry {
 }
 
 impl Sentry {
-    /// Starts the thread. Without a baseline of a guest's kernel, that boot is
-    /// not judged, and a line in the log says so.
+    /// Starts the thread. A boot of another kernel than the baseline's is not
+    /// judged; saying so is for the caller.
     ///
     /// # Errors
     /// If there can be no thread.
@@ -179,11 +179,6 @@ fn run(baseline: &Baseline, messages: &Receiver<Message>, findings: &SyncSender<
         next = if kernel.banner.trim_end() == baseline.kernel {
             watch(&kernel, baseline, messages, findings, &mut folded)
         } else {
-            log::warn!(
-                "the baseline is of another kernel ({}) than the guest runs: this boot is not \
-                 judged; 'xftrace baseline learn' makes one for it",
-                baseline.kernel
-            );
             next_boot(messages)
         };
     }

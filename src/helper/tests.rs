@@ -3,12 +3,14 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use crate::detect::{Baseline, Store};
 use crate::keys::Tamper;
 use crate::session::{EndReason, Meta, State, FINDINGS_FILE};
 
 use super::boots::MAX_BOOTS;
+use super::engine::lock;
 use super::fake::{Setting, OFF, ON, PLANTED, STOPPED, TRUE};
-use super::protocol::{Reply, Request};
+use super::protocol::{JudgedStatus, Reply, Request};
 
 /// The domain's sessions, newest first.
 fn sessions(setting: &Setting) -> Vec<Meta> {
@@ -384,4 +386,38 @@ fn a_helper_that_takes_over_goes_on_with_the_kernel_where_it_was() {
     });
     assert_eq!(setting.place(), Some(PLANTED));
     assert!(setting.engine.watch.rivals_told);
+}
+
+#[test]
+fn the_status_says_by_what_a_trace_is_judged_and_why_it_is_not() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut setting = Setting::with(|config| {
+        config.baseline = "web".to_owned();
+        config.paths.baselines = dir.path().to_owned();
+    });
+    let mut judged = || {
+        assert!(matches!(setting.on(), Reply::On { .. }));
+        setting.engine.publish();
+        let status = lock(&setting.engine.status()).trace.clone();
+        assert!(matches!(setting.ask(Request::Off), Reply::Off { .. }));
+        let banner = sessions(&setting)[0].boots[0].banner.clone();
+        (status.expect("a trace").judged.expect("a baseline"), banner)
+    };
+    let learn = |kernel: &str| {
+        let baseline = Baseline::new(kernel);
+        Store::at(dir.path()).save("web", &baseline).expect("saved");
+    };
+    let (missing, banner) = judged();
+    let why = missing.cannot.expect("a reason");
+    assert!(why.contains("no baseline \"web\""), "{why}");
+    learn("Linux version 0.01");
+    let why = judged().0.cannot.expect("a reason");
+    assert!(why.contains("another kernel (Linux version 0.01)"), "{why}");
+    learn(&banner);
+    let told = JudgedStatus {
+        baseline: "web".to_owned(),
+        cannot: None,
+        findings: 0,
+    };
+    assert_eq!(judged().0, told);
 }

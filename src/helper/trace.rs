@@ -19,12 +19,13 @@ use crate::session::{
 use super::clocks::Clocks;
 use super::keyring::{KeyThread, Keys};
 use super::link::{Link, LinkError};
-use super::notify::Notifier;
 use super::ratelimit::{RateLimit, Verdict};
 use super::sentry::Sentry;
 use super::watch::{wall_ns, Guest, Watch};
 
 mod found;
+
+use found::Judging;
 
 /// How often `session.json` is brought up to date.
 const SAVE_EVERY: Duration = Duration::from_secs(1);
@@ -72,8 +73,7 @@ pub(super) struct Trace {
     holes: HashSet<u16>,
     said: RateLimit,
     disk_said: RateLimit,
-    sentry: Option<Sentry>,
-    notifier: Option<Arc<Notifier>>,
+    judging: Judging,
 }
 
 /// A session that was closed.
@@ -190,8 +190,7 @@ impl Trace {
             holes: HashSet::new(),
             said: RateLimit::new(10, Duration::from_secs(60)),
             disk_said: RateLimit::new(1, Duration::from_secs(60)),
-            sentry: None,
-            notifier: None,
+            judging: Judging::default(),
         }
     }
 
@@ -306,7 +305,7 @@ impl Trace {
         for chunk in std::mem::take(&mut self.held).into_iter().chain(chunks) {
             self.take(&chunk);
         }
-        if let Some(sentry) = &mut self.sentry {
+        if let Some(sentry) = &mut self.judging.sentry {
             sentry.end_round();
         }
         // At once: a helper that is killed takes what it still holds with it.
@@ -338,7 +337,7 @@ impl Trace {
             slide: live.guest.kernel.slide,
         };
         let mut newest = None;
-        let sentry = &mut self.sentry;
+        let sentry = &mut self.judging.sentry;
         self.keys.with_history(|history| {
             live.decoder.chunk(chunk, history, &code, &mut |item| {
                 newest = newest.max(Some(item.time));
@@ -401,7 +400,7 @@ impl Trace {
                 kind: FindingKind::KeyChanged(tamper),
             });
         }
-        let found = self.sentry.as_ref().map(Sentry::found);
+        let found = self.judging.sentry.as_ref().map(Sentry::found);
         self.detected(&found.unwrap_or_default());
         if self.saved.elapsed() < SAVE_EVERY {
             return;
@@ -518,7 +517,7 @@ impl Trace {
     /// Ends the session: stops the keys, and closes its files.
     pub(super) fn close(mut self, end: EndReason, watch: &Watch) -> Closed {
         self.release();
-        let found = self.sentry.take().map(Sentry::finish);
+        let found = self.judging.sentry.take().map(Sentry::finish);
         self.detected(&found.unwrap_or_default());
         self.attend(watch);
         let forged = self.writer.meta.counters.forged - self.forged_told;

@@ -22,6 +22,8 @@ pub struct Enrolment {
     pub required: bool,
     /// The System.map of the guest's kernel; None: found by banner.
     pub symbols: Option<PathBuf>,
+    /// The baseline that it is checked against.
+    pub baseline: Option<String>,
 }
 
 /// Where it says that a domain is enrolled.
@@ -47,6 +49,7 @@ impl Enrolment {
                 at_start: trace.at_start,
                 required: trace.required,
                 symbols: trace.symbols.clone(),
+                baseline: Self::baseline_of(Some(domain), config),
             });
         }
         config.auto_enroll.matches(&domain.name).then(|| Enrolment {
@@ -56,7 +59,15 @@ impl Enrolment {
             at_start: config.at_start,
             required: false,
             symbols: None,
+            baseline: Self::baseline_of(None, config),
         })
+    }
+
+    /// The baseline that a domain, or one of which nothing is known, is checked
+    /// against.
+    pub fn baseline_of(domain: Option<&DomainXml>, config: &Config) -> Option<String> {
+        let own = domain.and_then(|domain| domain.trace.as_ref()?.baseline.clone());
+        own.or_else(|| Some(config.baseline.clone()).filter(|name| !name.is_empty()))
     }
 }
 
@@ -114,4 +125,43 @@ pub fn advice(domain: &DomainXml) -> Option<&'static str> {
          host a system call and a copy more for each page read, cannot read or write a word \
          whole, and needs the right to trace QEMU. A shared file in RAM has none of this",
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_domain_s_baseline_is_taken_and_else_the_configuration_s() {
+        let domain = |trace: &str| {
+            let uuid = "6f1d6a2e-1f0c-4b7e-9d3a-0123456789ab";
+            DomainXml::parse(&format!(
+                "<domain><name>web1</name><uuid>{uuid}</uuid><memory>1</memory>{trace}</domain>"
+            ))
+            .expect("a domain")
+        };
+        let enrolled = |attributes: &str| {
+            domain(&format!(
+                "<metadata><x:trace xmlns:x='urn:xftrace:domain:1.0' {attributes}/></metadata>"
+            ))
+        };
+        let config = |baseline: &str, names: &str| {
+            let text = format!("baseline = \"{baseline}\"\nauto_enroll = [\"{names}\"]\n");
+            toml::from_str::<Config>(&text).expect("a configuration")
+        };
+        for (domain, config, taken) in [
+            (
+                enrolled("baseline='own'"),
+                config("all", "db*"),
+                Some("own"),
+            ),
+            (enrolled(""), config("all", "db*"), Some("all")),
+            (domain(""), config("all", "web*"), Some("all")),
+            (enrolled("baseline='own'"), config("", "db*"), Some("own")),
+            (enrolled(""), config("", "db*"), None),
+        ] {
+            let enrolment = Enrolment::of(&domain, &config).expect("enrolled");
+            assert_eq!(enrolment.baseline.as_deref(), taken, "{domain:?}");
+        }
+    }
 }

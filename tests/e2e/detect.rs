@@ -38,13 +38,13 @@ impl Watched {
         });
         let told = tempfile::tempdir().expect("a directory");
         let own = format!(
-            "paths.baselines = {:?}\nbaseline = \"clean\"\n\
+            "paths.baselines = {:?}\n\
              on_finding = [\"/bin/sh\", \"-c\", \"cat >> $0; echo >> $0\", {:?}]\n",
             told.path().join("baselines"),
             told.path().join("told")
         );
         guest.lab().write_config(&own).expect("a configuration");
-        let traced = Traced::start(guest);
+        let traced = Traced::start_with(guest, &["--baseline", "clean"]);
         Watched { traced, told }
     }
 
@@ -91,10 +91,11 @@ impl Watched {
             .expect("a session")
     }
 
-    fn check(&self, session: &Path) -> (i32, Verdict) {
+    /// What the newest session is judged by the domain's own baseline.
+    fn check(&self) -> (i32, Verdict) {
         let output = self
-            .xftrace(&["check", "--json"])
-            .arg(session)
+            .traced
+            .command(&["check", "--json"])
             .output()
             .expect("xftrace ran");
         let text = String::from_utf8(output.stdout).expect("text");
@@ -135,7 +136,7 @@ fn a_clean_guest_is_clean_and_each_hook_is_found() {
         .success();
 
     let session = watched.session();
-    let (status, verdict) = watched.check(&session);
+    let (status, verdict) = watched.check();
     assert_eq!(
         (status, verdict.conclusion),
         (0, Conclusion::Clean),
@@ -159,7 +160,7 @@ fn a_clean_guest_is_clean_and_each_hook_is_found() {
             assert!(unknown(&told), "{module}: {told:?}");
         }
         run(&format!("rmmod {module}"));
-        let (status, verdict) = watched.check(&session);
+        let (status, verdict) = watched.check();
         let found = verdict
             .findings
             .iter()
@@ -175,7 +176,8 @@ fn a_clean_guest_is_clean_and_each_hook_is_found() {
     }
 
     // With the hooks gone, so are the findings.
-    let (status, verdict) = watched.check(&watched.session());
+    watched.session();
+    let (status, verdict) = watched.check();
     assert_eq!(
         (status, verdict.conclusion),
         (0, Conclusion::Clean),

@@ -164,6 +164,7 @@ fn status(session: Option<PathBuf>) -> Status {
         boot: 1,
         stored: 0,
         counters: session_counters(&session),
+        judged: None,
         session,
     };
     Status {

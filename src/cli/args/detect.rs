@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand, ValueHint};
 
 use super::domain_text;
-use crate::detect::Store;
+use crate::config::parse_baseline;
 
 /// Say whether a guest's kernel control flow is hooked
 ///
@@ -34,8 +34,10 @@ pub struct CheckArgs {
     #[arg(short, long, value_name = "DOMAIN", value_parser = domain_text)]
     pub domain: Option<String>,
 
-    /// The baseline to compare with [default: the configuration's]
-    #[arg(short, long, value_name = "NAME", value_parser = baseline_name)]
+    /// The baseline to compare with [default: the domain's, else the configuration's]
+    ///
+    /// A session that is named by its directory has no domain here.
+    #[arg(short, long, value_name = "NAME", value_parser = parse_baseline)]
     pub baseline: Option<String>,
 
     /// Print JSON, as docs/verdict.schema.json describes it
@@ -71,7 +73,7 @@ pub enum BaselineAction {
     /// Learn from clean sessions; a baseline that is there is widened
     Learn {
         /// The baseline
-        #[arg(value_name = "NAME", value_parser = baseline_name)]
+        #[arg(value_name = "NAME", value_parser = parse_baseline)]
         name: String,
         /// The directories of sessions
         #[arg(value_name = "SESSION", required = true, value_hint = ValueHint::DirPath)]
@@ -80,13 +82,13 @@ pub enum BaselineAction {
     /// Show what a baseline knows
     Show {
         /// The baseline
-        #[arg(value_name = "NAME", value_parser = baseline_name)]
+        #[arg(value_name = "NAME", value_parser = parse_baseline)]
         name: String,
     },
     /// Show what is only in one of two baselines, or only in a baseline or a session
     Diff {
         /// The baseline
-        #[arg(value_name = "NAME", value_parser = baseline_name)]
+        #[arg(value_name = "NAME", value_parser = parse_baseline)]
         name: String,
         /// Another baseline's name, or the directory of a session
         #[arg(value_name = "NAME|SESSION", value_hint = ValueHint::DirPath)]
@@ -97,15 +99,7 @@ pub enum BaselineAction {
     /// Remove a baseline
     Remove {
         /// The baseline
-        #[arg(value_name = "NAME", value_parser = baseline_name)]
+        #[arg(value_name = "NAME", value_parser = parse_baseline)]
         name: String,
     },
-}
-
-/// The name of a baseline.
-fn baseline_name(text: &str) -> Result<String, String> {
-    if Store::is_name(text) {
-        return Ok(text.to_owned());
-    }
-    Err("a baseline's name has letters, digits, '-', '_' and '.', not first, at most 64".to_owned())
 }

@@ -3,43 +3,101 @@
 
 use std::sync::Arc;
 
-use crate::detect::Baseline;
+use crate::detect::Store;
 use crate::session::{Finding, FindingKind, FINDINGS_FILE};
 
 use super::super::notify::{brief, Notifier, Told};
+use super::super::protocol::JudgedStatus;
 use super::super::ratelimit::Verdict;
 use super::super::sentry::{self, Sentry};
 use super::super::watch::wall_ns;
 use super::Trace;
 
+/// What a trace is judged by while it is on.
+#[derive(Default)]
+pub(super) struct Judging {
+    pub(super) sentry: Option<Sentry>,
+    notifier: Option<Arc<Notifier>>,
+    /// The baseline's name, and the kernel that it is of.
+    baseline: Option<String>,
+    kernel: String,
+    /// Why nothing is judged.
+    cannot: Option<String>,
+    /// How often something was told of.
+    findings: u64,
+}
+
 impl Trace {
     /// Has findings told to a command.
     pub(in crate::helper) fn tell(&mut self, notifier: Option<Arc<Notifier>>) {
-        self.notifier = notifier;
+        self.judging.notifier = notifier;
     }
 
-    /// Judges what is drained from now on.
-    pub(in crate::helper) fn judge_by(&mut self, baseline: Baseline) -> std::io::Result<()> {
-        self.sentry = Some(Sentry::start(baseline)?);
-        self.tell_boot();
-        Ok(())
+    /// Judges what is drained from now on by the baseline of this name. Where
+    /// that cannot be, the log and the status say so: a trace that is not
+    /// judged is worth having.
+    pub(in crate::helper) fn judge_by(&mut self, name: String, store: &Store) {
+        let judging = &mut self.judging;
+        judging.baseline = Some(name.clone());
+        let sentry = store
+            .load(&name)
+            .map_err(|error| error.to_string())
+            .and_then(|baseline| {
+                judging.kernel.clone_from(&baseline.kernel);
+                Sentry::start(baseline).map_err(|error| error.to_string())
+            });
+        match sentry {
+            Ok(sentry) => {
+                judging.sentry = Some(sentry);
+                self.tell_boot();
+            }
+            Err(why) => self.not_judged(why),
+        }
     }
 
+    fn not_judged(&mut self, why: String) {
+        log::error!("the trace is not judged while it is on: {why}");
+        self.judging.cannot = Some(why);
+    }
+
+    /// How the trace is judged.
+    pub(in crate::helper) fn judged(&self) -> Option<JudgedStatus> {
+        Some(JudgedStatus {
+            baseline: self.judging.baseline.clone()?,
+            cannot: self.judging.cannot.clone(),
+            findings: self.judging.findings,
+        })
+    }
+
+    /// Has the sentry judge the boot that is on, if the baseline is of its kernel.
     pub(super) fn tell_boot(&mut self) {
-        let (Some(sentry), Some(live)) = (&mut self.sentry, &self.live) else {
+        let judging = &mut self.judging;
+        let (Some(sentry), Some(live)) = (&mut judging.sentry, &self.live) else {
             return;
         };
+        let banner = live.guest.kernel.banner.clone();
+        let other = banner.trim_end() != judging.kernel;
         sentry.boot(sentry::Kernel {
             boot: self.writer.meta.boots.last().map_or(1, |boot| boot.number),
             symbols: Arc::clone(&live.guest.symbols),
             slide: live.guest.kernel.slide,
-            banner: live.guest.kernel.banner.clone(),
+            banner,
         });
+        judging.cannot = None;
+        if other {
+            let why = format!(
+                "the baseline is of another kernel ({}) than the guest runs; 'xftrace baseline \
+                 learn' makes one for it",
+                judging.kernel
+            );
+            self.not_judged(why);
+        }
     }
 
     /// Notes what the call flow showed.
     pub(super) fn detected(&mut self, found: &[crate::detect::Finding]) {
         for finding in found {
+            self.judging.findings += 1;
             self.finding(Finding {
                 wall_ns: wall_ns(),
                 kind: FindingKind::ControlFlow(Box::new(finding.into())),
@@ -61,7 +119,7 @@ impl Trace {
                 }
             );
         }
-        if let Some(notifier) = &self.notifier {
+        if let Some(notifier) = &self.judging.notifier {
             let told = Told {
                 domain: &self.writer.meta.domain,
                 uuid: self.writer.meta.uuid,

@@ -39,6 +39,7 @@ fn options() -> Trace {
         interval: Some(Duration::from_millis(1500)),
         at_start: true,
         symbols: Some("/srv/maps/a \"b\" & <c>".into()),
+        baseline: Some("web-1".into()),
         ..Trace::default()
     }
 }
@@ -163,7 +164,7 @@ fn enrols_and_says_what_was_there() {
   <metadata>
     <xftrace:trace xmlns:xftrace=\"urn:xftrace:domain:1.0\" functions=\"sys_openat,sys_read\" \
              interval=\"1s 500ms\" at-start=\"yes\" \
-             symbols=\"/srv/maps/a &quot;b&quot; &amp; &lt;c&gt;\" \
+             symbols=\"/srv/maps/a &quot;b&quot; &amp; &lt;c&gt;\" baseline=\"web-1\" \
              before=\"no-metadata,no-backing\"/>
   </metadata>
 "
@@ -302,7 +303,7 @@ fn a_slip_in_the_metadata_costs_that_attribute_only() {
         "  <memory unit",
         &format!(
             "<metadata><x:trace xmlns:x='{NAMESPACE}' functions='sys_read, vfs_read' \
-             interval='1ms' at-start='true' symbols='map' before='lies' later='x' \
+             interval='1ms' at-start='true' symbols='map' before='lies' later='x' baseline='../web' \
              required='yes'/></metadata><memory unit"
         ),
     );
@@ -314,7 +315,10 @@ fn a_slip_in_the_metadata_costs_that_attribute_only() {
         .iter()
         .map(|problem| problem.split(':').next().unwrap())
         .collect();
-    assert_eq!(named, ["interval", "at-start", "symbols", "before"]);
+    assert_eq!(
+        named,
+        ["interval", "at-start", "symbols", "before", "baseline"]
+    );
 }
 
 #[test]
@@ -509,12 +513,14 @@ fn traces() -> impl Strategy<Value = Trace> {
         proptest::option::of(10u64..=3_600_000),
         any::<bool>(),
         proptest::option::of("/[a-zA-Z0-9 <>&'\"./é-]{1,30}"),
+        proptest::option::of("[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,20}"),
     )
-        .prop_map(|(functions, interval, at_start, symbols)| Trace {
+        .prop_map(|(functions, interval, at_start, symbols, baseline)| Trace {
             functions,
             interval: interval.map(Duration::from_millis),
             at_start,
             symbols: symbols.map(Into::into),
+            baseline,
             ..Trace::default()
         })
 }

@@ -2,8 +2,8 @@
 //!
 //! ```xml
 //! <xftrace:trace xmlns:xftrace="urn:xftrace:domain:1.0" functions="sys_openat,sys_read"
-//!     interval="1s" at-start="yes" required="no" symbols="/path" cmdline="ftrace=.."
-//!     before="no-source,no-access"/>
+//!     interval="1s" at-start="yes" required="no" symbols="/path" baseline="web"
+//!     cmdline="ftrace=.." before="no-source,no-access"/>
 //! ```
 //!
 //! Every attribute may be missing. One that makes no sense is left out and
@@ -19,7 +19,7 @@ use quick_xml::escape::escape;
 
 use super::outline::{Index, Outline, ROOT};
 use super::XmlError;
-use crate::config::{parse_function, parse_interval};
+use crate::config::{parse_baseline, parse_function, parse_interval};
 
 /// The XML namespace of xftrace's element in a domain's metadata. libvirt
 /// allows one element a namespace there.
@@ -42,6 +42,9 @@ pub struct Trace {
     pub required: bool,
     /// The System.map of the guest's kernel, absolute. None: found by banner.
     pub symbols: Option<PathBuf>,
+    /// The baseline that the domain is checked against. None: that of the
+    /// configuration.
+    pub baseline: Option<String>,
     /// What enrolling put on the command line of the kernel that the domain
     /// boots directly.
     pub cmdline: Option<String>,
@@ -236,6 +239,7 @@ impl Trace {
             "at-start" => self.at_start = yes_or_no(value)?,
             "required" => self.required = yes_or_no(value)?,
             "symbols" => self.symbols = Some(absolute(value)?),
+            "baseline" => self.baseline = Some(parse_baseline(value)?),
             "cmdline" => self.cmdline = Some(printable(value)?),
             "before" => self.before = Before::parse(value)?,
             _ => {}
@@ -280,6 +284,9 @@ impl Trace {
         }
         if let Some(symbols) = &self.symbols {
             add("symbols", &symbols.to_string_lossy());
+        }
+        if let Some(baseline) = &self.baseline {
+            add("baseline", baseline);
         }
         if let Some(cmdline) = &self.cmdline {
             add("cmdline", cmdline);
