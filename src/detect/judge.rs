@@ -14,7 +14,7 @@ use super::baseline::{self, Baseline, Pace};
 use super::finding::{Evidence, Finding};
 use super::profile::{Example, Function, Profile, Root, Seen};
 use super::rules::{Rule, Severity};
-use super::site::{is_dispatcher, is_system_call, Label, Site, MODULE};
+use super::site::{is_dispatcher, is_system_call, Label, Site, MODULE, UNLISTED};
 use super::{MIN_CALLS, MIN_SEEN, MIN_SHARE};
 use crate::output::WallClock;
 
@@ -117,16 +117,24 @@ impl Judge<'_> {
             found.add(self.of_seen(rule, Severity::Critical, (name.clone(), what), seen, None));
         }
         let known = self.baseline.map(|baseline| baseline.functions.get(&name));
-        for (module, seen) in &function.from_modules {
-            let by = baseline::module(*module);
+        for (site, seen) in &function.from_modules {
+            let by = baseline::module(site);
             let severity = match known {
                 Some(Some(known)) if known.from_modules.contains(&by) => continue,
                 Some(_) => Severity::Critical,
-                None if module.is_some() => continue,
+                None if matches!(site, Site::Module(Some(_))) => continue,
                 None => Severity::Notice,
             };
-            let what = format!("{name} was called from {by}, which is not known to call it");
-            let rule = Rule::UnknownModule;
+            let (rule, what) = match site {
+                Site::Unlisted => (
+                    Rule::UnlistedModule,
+                    format!("{name} was called from code that is in no module of the guest's list"),
+                ),
+                _ => (
+                    Rule::UnknownModule,
+                    format!("{name} was called from {by}, which is not known to call it"),
+                ),
+            };
             found.add(self.of_seen(rule, severity, (name.clone(), what), seen, None));
         }
     }
@@ -146,7 +154,7 @@ impl Judge<'_> {
             let severity = match site {
                 _ if system_call => Severity::Critical,
                 // Told of by the rules for addresses.
-                Site::Module(_) | Site::Outside => continue,
+                Site::Module(_) | Site::Unlisted | Site::Outside => continue,
                 _ if known.is_none() => continue,
                 _ => habit(seen.count, all),
             };
@@ -186,12 +194,16 @@ impl Judge<'_> {
                     Some(calls),
                 ),
                 _ if learnt => continue,
-                Label::MODULE => {
+                Label::MODULE | Label::UNLISTED => {
                     let severity = match self.baseline {
-                        Some(_) if name != MODULE => Severity::Critical,
+                        Some(_) if ![MODULE, UNLISTED].contains(&&*name) => Severity::Critical,
                         _ => Severity::Notice,
                     };
-                    self.of_seen(Rule::UnknownModule, severity, text, seen, Some(calls))
+                    let rule = match callee {
+                        Label::UNLISTED => Rule::UnlistedModule,
+                        _ => Rule::UnknownModule,
+                    };
+                    self.of_seen(rule, severity, text, seen, Some(calls))
                 }
                 _ if known.is_none() => continue,
                 _ => {

@@ -68,7 +68,9 @@ pub fn profile_of<'n>(
 ) -> Result<(Profile<'n>, Tally), SessionError> {
     let cpus = session.meta.boots.last().map_or(0, |boot| boot.nr_cpus);
     let cpus: Vec<u16> = (0..cpus.min(u32::from(u16::MAX)) as u16).collect();
-    profile_items(session.items(), names, limits, &cpus)
+    let mut profiler = Profiler::new(limits);
+    *profiler.modules() = session.modules()?;
+    profile_with(profiler, session.items(), names, &cpus)
 }
 
 /// What items add up to, merged over the CPUs by time. `cpus` are those that
@@ -86,7 +88,23 @@ where
     N: Names + ?Sized,
     I: IntoIterator<Item = Result<Item, E>>,
 {
-    let mut profiler = Profiler::new(limits);
+    profile_with(Profiler::new(limits), items, names, cpus)
+}
+
+/// The same, by a profiler that knows of the guest's modules.
+///
+/// # Errors
+/// The first that `items` gives.
+pub fn profile_with<'n, N, I, E>(
+    mut profiler: Profiler<'n>,
+    items: I,
+    names: &'n N,
+    cpus: &[u16],
+) -> Result<(Profile<'n>, Tally), E>
+where
+    N: Names + ?Sized,
+    I: IntoIterator<Item = Result<Item, E>>,
+{
     let mut events = events(items, names, Limits::default());
     for event in events.by_ref() {
         profiler.event(&event?);

@@ -77,9 +77,9 @@ pub(crate) struct Function<'n> {
     pub(crate) orders: Sightings<'n, (Label, Label)>,
     /// In how many of them it was below a call of its own.
     pub(crate) nested: Option<Seen<'n>>,
-    /// Of all calls, complete or not: how many came from a module, by its name
-    /// if that is known.
-    pub(crate) from_modules: Sightings<'n, Option<&'n str>>,
+    /// Of all calls, complete or not: how many came from which code in the module
+    /// area, [`Site::Module`] or [`Site::Unlisted`].
+    pub(crate) from_modules: Sightings<'n, Site<'n>>,
     /// How many came from where no kernel code belongs.
     pub(crate) from_outside: Option<Seen<'n>>,
     /// Of the complete ones, the first, to show what is missing in.

@@ -6,6 +6,7 @@ use super::profile::{note, Example, Function, Profile, ProfileLimits, Seen, Sile
 use super::site::{is_system_call, Label, Site};
 use crate::callflow::{Closed, Event, Fit, Happening, Kind, Opened, Place, Spent};
 use crate::ring::record::{Comm, Task};
+use crate::session::ModuleHistory;
 
 /// Fewer records than this by other CPUs make no silence of one.
 const OTHERS_BUSY: u64 = 1000;
@@ -20,6 +21,7 @@ pub struct Profiler<'n> {
     profile: Profile<'n>,
     stacks: HashMap<(i32, u16), Vec<Frame<'n>>>,
     sequences: HashMap<i32, Sequence>,
+    modules: ModuleHistory,
     cpus: HashMap<u16, Cpu>,
     /// Losses of records so far.
     losses: u64,
@@ -72,6 +74,7 @@ impl<'n> Profiler<'n> {
             profile: Profile::new(limits),
             stacks: HashMap::new(),
             sequences: HashMap::new(),
+            modules: ModuleHistory::default(),
             cpus: HashMap::new(),
             losses: 0,
             events: 0,
@@ -79,6 +82,11 @@ impl<'n> Profiler<'n> {
             began: None,
             now: 0,
         }
+    }
+
+    /// The guest's own lists of modules, for more to be added as they are read.
+    pub fn modules(&mut self) -> &mut ModuleHistory {
+        &mut self.modules
     }
 
     /// Takes the next event.
@@ -208,7 +216,15 @@ impl<'n> Profiler<'n> {
             return;
         }
         self.profile.calls += 1;
-        let label = self.profile.labels.of(&call.func);
+        let label = match self.is_unlisted(event, &call.func) {
+            true => Label::UNLISTED,
+            false => self.profile.labels.of(&call.func),
+        };
+        let caller = told(call);
+        let site = caller.map(|caller| match self.is_unlisted(event, &caller) {
+            true => Site::Unlisted,
+            false => Site::of(&caller),
+        });
         let stack = self
             .stacks
             .entry(Self::key(&call.task, event.cpu))
@@ -218,7 +234,7 @@ impl<'n> Profiler<'n> {
             label,
             step: Step {
                 func: call.func,
-                caller: told(call),
+                caller,
             },
             losses: self.losses,
             holed: false,
@@ -239,7 +255,7 @@ impl<'n> Profiler<'n> {
             return;
         }
         let losses = self.losses;
-        frame.nested = label != Label::MODULE
+        frame.nested = ![Label::MODULE, Label::UNLISTED].contains(&label)
             && stack
                 .iter()
                 .any(|around| around.label == label && around.losses == losses);
@@ -253,26 +269,18 @@ impl<'n> Profiler<'n> {
         let profile = &mut self.profile;
         let (edges, limit) = (&mut profile.edges, profile.limits.edges);
         let mut room = true;
-        let caller = told(call);
         if call.depth == 0 {
             let root = profile.roots.entry(label).or_default();
-            if let Some(caller) = &caller {
-                let site = Site::of(caller);
+            if let Some(site) = site {
                 room = note(&mut root.callers, edges, limit, site, example);
             }
         }
-        match caller.map(|caller| caller.name) {
-            Some(name) if name.kind == Kind::Module => {
+        match site {
+            Some(site @ (Site::Module(_) | Site::Unlisted)) => {
                 let function = profile.functions.entry(label).or_default();
-                room &= note(
-                    &mut function.from_modules,
-                    edges,
-                    limit,
-                    name.module,
-                    example,
-                );
+                room &= note(&mut function.from_modules, edges, limit, site, example);
             }
-            Some(name) if name.kind == Kind::Outside => {
+            Some(Site::Outside) => {
                 let function = profile.functions.entry(label).or_default();
                 once_more(&mut function.from_outside, example);
             }
@@ -282,6 +290,13 @@ impl<'n> Profiler<'n> {
         if call.depth == 0 {
             self.system_call(event, call, label);
         }
+    }
+
+    /// Whether code lies in the module area, in no module that the guest listed
+    /// at the time.
+    fn is_unlisted(&self, event: &Event<'n>, place: &Place<'n>) -> bool {
+        let listed = || self.modules.listed(event.boot, place.address, event.time);
+        place.name.kind == Kind::Module && listed() == Some(false)
     }
 
     /// Follows the system calls of each task.

@@ -33,6 +33,7 @@ impl Severity {
 pub enum Rule {
     OutsideText,
     UnknownModule,
+    UnlistedModule,
     WrongCaller,
     NestedInItself,
     UnexpectedCallee,
@@ -51,9 +52,10 @@ pub enum Rule {
 
 impl Rule {
     /// All rules, in the order in which they are listed.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::OutsideText,
         Self::UnknownModule,
+        Self::UnlistedModule,
         Self::WrongCaller,
         Self::NestedInItself,
         Self::UnexpectedCallee,
@@ -75,6 +77,7 @@ impl Rule {
         match self {
             Self::OutsideText => "outside-text",
             Self::UnknownModule => "unknown-module",
+            Self::UnlistedModule => "unlisted-module",
             Self::WrongCaller => "wrong-caller",
             Self::NestedInItself => "nested-in-itself",
             Self::UnexpectedCallee => "unexpected-callee",
@@ -111,6 +114,10 @@ impl Rule {
             Self::UnknownModule => {
                 "code in the module area takes part that no known module accounts for: a module's \
                  hook, a probe's handler or a trampoline stands in the way of the call"
+            }
+            Self::UnlistedModule => {
+                "code in the module area takes part that is in no module of the guest's own list: \
+                 a module that took itself off the list, or code that the kernel made as it ran"
             }
             Self::WrongCaller => {
                 "the return address is none that this function is called from in a clean kernel: \

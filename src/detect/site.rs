@@ -20,6 +20,8 @@ impl Label {
     pub(crate) const TEXT: Self = Self(2);
     /// Before a function's first callee and behind its last.
     pub(crate) const EDGE: Self = Self(3);
+    /// Code in the module area that is no module's of the guest's own list.
+    pub(crate) const UNLISTED: Self = Self(4);
 }
 
 /// The names behind the labels. They are those of the symbol file, so that
@@ -34,13 +36,15 @@ pub(crate) struct Labels<'n> {
 pub(crate) const MODULE: &str = "(module area)";
 /// The name of [`Label::OUTSIDE`].
 pub(crate) const OUTSIDE: &str = "(outside)";
+/// The name of [`Label::UNLISTED`], and of a return address there.
+pub(crate) const UNLISTED: &str = "(unlisted code)";
 /// The name of [`Label::EDGE`].
 pub(crate) const EDGE: &str = "-";
 
 impl<'n> Labels<'n> {
     pub(crate) fn new() -> Self {
         Self {
-            names: vec![MODULE, OUTSIDE, "(kernel text)", EDGE],
+            names: vec![MODULE, OUTSIDE, "(kernel text)", EDGE, UNLISTED],
             numbers: HashMap::new(),
         }
     }
@@ -77,6 +81,8 @@ pub(crate) enum Site<'n> {
     In(&'n str, u64),
     /// In a module, whose name is known or not.
     Module(Option<&'n str>),
+    /// In the module area, and in no module of the guest's own list.
+    Unlisted,
     /// Where no kernel code belongs.
     Outside,
     /// In kernel text, before any symbol.
@@ -100,6 +106,7 @@ impl fmt::Display for Site<'_> {
             Self::In(symbol, offset) => write!(f, "{symbol}+{offset:#x}"),
             Self::Module(Some(module)) => write!(f, "[{module}]"),
             Self::Module(None) => f.write_str(MODULE),
+            Self::Unlisted => f.write_str(UNLISTED),
             Self::Outside => f.write_str(OUTSIDE),
             Self::Text => f.write_str("(kernel text)"),
         }

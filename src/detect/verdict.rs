@@ -118,7 +118,7 @@ pub fn check(
     findings.extend(caught(session, &tally)?);
     findings.sort_by_key(|finding| std::cmp::Reverse(finding.severity));
 
-    let not_judged = not_judged(session, &mut doubts);
+    let not_judged = not_judged(session, &mut doubts)?;
     let lost = tally.lost_records.total().max(unread(session));
     if tally.calls == 0 {
         doubts.push("the session has no calls; a trace of nothing proves nothing".to_owned());
@@ -186,9 +186,13 @@ pub fn check(
 }
 
 /// The rules that the session's records cannot be judged by.
-fn not_judged(session: &Session, doubts: &mut Vec<String>) -> Vec<Rule> {
+fn not_judged(session: &Session, doubts: &mut Vec<String>) -> Result<Vec<Rule>, SessionError> {
+    let mut rules = Vec::new();
+    if session.modules()?.is_empty() {
+        rules.push(Rule::UnlistedModule);
+    }
     if session.meta.mode == Mode::Keyed {
-        return Vec::new();
+        return Ok(rules);
     }
     doubts.push(
         "the records are plain: they have no key, so that root in the guest can make up a trace \
@@ -196,8 +200,8 @@ fn not_judged(session: &Session, doubts: &mut Vec<String>) -> Vec<Rule> {
          judged; trace a guest whose kernel has the patch"
             .to_owned(),
     );
-    let rules = Rule::ALL.into_iter();
-    rules.filter(|rule| rule.needs_keyed()).collect()
+    rules.extend(Rule::ALL.into_iter().filter(|rule| rule.needs_keyed()));
+    Ok(rules)
 }
 
 /// How many records the guest wrote by its own count, and nobody read. Only in

@@ -24,7 +24,7 @@ use crate::detect::{judge, Baseline, Finding, ProfileLimits, Profiler, Severity}
 use crate::kernel::Symbols;
 use crate::output::WallClock;
 use crate::ring::record::{Item, Lost, LostWhy, What};
-use crate::session::{Settling, HELD, SETTLE};
+use crate::session::{ModuleLook, Settling, HELD, SETTLE};
 
 /// After how long what was seen is judged.
 const WINDOW: Duration = Duration::from_secs(5);
@@ -53,6 +53,7 @@ pub(super) struct Kernel {
 /// What the engine tells the thread.
 enum Message {
     Boot(Kernel),
+    Modules(ModuleLook),
     Round(Vec<Item>),
 }
 
@@ -61,6 +62,8 @@ pub(super) struct Sentry {
     to: Option<SyncSender<Message>>,
     from: Receiver<Finding>,
     round: Vec<Item>,
+    /// Lists of modules that found no place yet.
+    looks: Vec<ModuleLook>,
     /// How many records of which CPU were left out since the last one of it
     /// that was taken.
     missed: BTreeMap<u16, u64>,
@@ -83,6 +86,7 @@ impl Sentry {
             to: Some(to),
             from,
             round: Vec::new(),
+            looks: Vec::new(),
             missed: BTreeMap::new(),
             thread: Some(thread),
         })
@@ -91,10 +95,28 @@ impl Sentry {
     /// The guest runs this kernel from now on.
     pub(super) fn boot(&mut self, kernel: Kernel) {
         self.round.clear();
+        self.looks.clear();
         self.missed.clear();
         // Waits for a place: a boot is rare, and must not be missed.
         if let Some(to) = &self.to {
             let _ = to.send(Message::Boot(kernel));
+        }
+    }
+
+    /// The guest's list of modules is this from now on.
+    pub(super) fn modules(&mut self, look: ModuleLook) {
+        self.looks.push(look);
+        self.hand_over_looks();
+    }
+
+    /// Never waits: what finds no place is handed over with the next round.
+    fn hand_over_looks(&mut self) {
+        let Some(to) = &self.to else { return };
+        while let Some(look) = self.looks.first() {
+            if to.try_send(Message::Modules(look.clone())).is_err() {
+                return;
+            }
+            self.looks.remove(0);
         }
     }
 
@@ -128,6 +150,7 @@ impl Sentry {
 
     /// The round is over. Never waits.
     pub(super) fn end_round(&mut self) {
+        self.hand_over_looks();
         let Some(to) = self.to.as_ref().filter(|_| !self.round.is_empty()) else {
             return;
         };
@@ -188,7 +211,7 @@ fn run(baseline: &Baseline, messages: &Receiver<Message>, findings: &SyncSender<
 fn next_boot(messages: &Receiver<Message>) -> Option<Kernel> {
     messages.iter().find_map(|message| match message {
         Message::Boot(kernel) => Some(kernel),
-        Message::Round(_) => None,
+        Message::Modules(_) | Message::Round(_) => None,
     })
 }
 
@@ -215,6 +238,10 @@ fn watch(
         let ended = match message {
             Ok(Message::Round(round)) => {
                 round.into_iter().for_each(|item| items.push(item));
+                None
+            }
+            Ok(Message::Modules(look)) => {
+                profiler.modules().push(look);
                 None
             }
             Ok(Message::Boot(next)) => Some(Some(next)),
@@ -298,6 +325,7 @@ mod tests {
     use crate::detect::Rule;
     use crate::kernel::Gva;
     use crate::ring::record::{Call, Comm, Return, Task, TraceFlags};
+    use crate::session::UNSURE_NS;
 
     const MAP: &str = "ffffffff81000000 T _text\nffffffff81000000 T _stext\n\
         ffffffff81000040 T __x64_sys_read\nffffffff81000080 T do_syscall_64\n\
@@ -373,6 +401,27 @@ mod tests {
     }
 
     #[test]
+    fn code_that_the_guest_does_not_list_is_found_live() {
+        let mut sentry = Sentry::start(Baseline::new(BANNER)).expect("a thread");
+        sentry.boot(kernel());
+        sentry.modules(ModuleLook {
+            boot: 1,
+            since: 1,
+            modules: Some(Vec::new()),
+        });
+        read(0, 5 * UNSURE_NS, MODULE)
+            .into_iter()
+            .for_each(|item| sentry.take(item));
+        let found = sentry.finish();
+        let rules: Vec<Rule> = found.iter().map(|finding| finding.rule).collect();
+        assert_eq!(
+            rules,
+            [Rule::UnlistedModule, Rule::WrongCaller],
+            "{found:?}"
+        );
+    }
+
+    #[test]
     fn a_clean_guest_and_another_kernel_give_nothing() {
         for (banner, caller) in [(BANNER, DISPATCHER), ("Linux version 6.2", MODULE)] {
             let mut sentry = Sentry::start(Baseline::new(banner)).expect("a thread");
@@ -424,6 +473,7 @@ mod tests {
             to: Some(to),
             from,
             round: Vec::new(),
+            looks: Vec::new(),
             missed: BTreeMap::new(),
             thread: None,
         };

@@ -24,8 +24,10 @@ use super::sentry::Sentry;
 use super::watch::{wall_ns, Guest, Watch};
 
 mod found;
+mod modules;
 
 use found::Judging;
+use modules::Modules;
 
 /// How often `session.json` is brought up to date.
 const SAVE_EVERY: Duration = Duration::from_secs(1);
@@ -93,6 +95,8 @@ struct Live {
     decoder: Decoder,
     /// In plain mode.
     plain: Option<Plain>,
+    /// The guest's own list of modules, where it can be found.
+    modules: Option<Modules>,
 }
 
 /// What is kept of a kernel without the patch while it is traced.
@@ -167,6 +171,7 @@ impl Trace {
                     reader,
                     decoder,
                     plain: array.map(Plain::new),
+                    modules: Modules::of(&*trace.ram, guest),
                 });
             }
             None => trace.boot(guest, watch)?,
@@ -240,6 +245,7 @@ impl Trace {
             reader,
             decoder: Decoder::new(guest.link.format(), number),
             plain: array.map(Plain::new),
+            modules: Modules::of(&*self.ram, guest),
         });
         self.tell_boot();
         match (&self.keys, &guest.link) {
@@ -400,6 +406,7 @@ impl Trace {
                 kind: FindingKind::KeyChanged(tamper),
             });
         }
+        self.look_at_modules(watch);
         let found = self.judging.sentry.as_ref().map(Sentry::found);
         self.detected(&found.unwrap_or_default());
         if self.saved.elapsed() < SAVE_EVERY {

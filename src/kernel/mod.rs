@@ -31,6 +31,7 @@ mod escape;
 mod find;
 mod identify;
 mod image;
+mod modules;
 mod paging;
 mod scan;
 pub mod stock;
@@ -40,6 +41,7 @@ pub use address::Gva;
 pub(crate) use escape::escape;
 pub use find::{banners, find_all, has_banner, probe, Check, FindError};
 pub use image::Kernel;
+pub use modules::{modules, Module, ModuleList, ModulesError};
 pub use paging::{Mapped, PageTables, WalkError};
 pub use symbols::{
     FunctionMatch, ModuleFunction, Symbols, SymbolsError, SymbolsFault, TableFault,

@@ -7,6 +7,7 @@
 //!   System.map-DIGEST the symbols it is read with, one a kernel (MapId)
 //!   ring/boot1-cpu0   what was in that CPU's buffer, as it lay there
 //!   findings.jsonl    what the guest was caught at
+//!   modules.jsonl     the guest's own list of modules, whenever it changed
 //!   trace_graph.txt   the call flow
 //! ```
 //!
@@ -21,6 +22,7 @@
 mod follow;
 mod maps;
 mod meta;
+mod modules;
 mod place;
 mod read;
 mod settle;
@@ -33,6 +35,7 @@ pub use meta::{
     Boot, ClockPair, ControlFlow, Counters, EndReason, Finding, FindingKind, GuestCounts, Meta,
     Mode, QemuProcess, State, SwitchChange, META_FILE,
 };
+pub use modules::{Listed, ModuleHistory, ModuleLook, UNSURE_NS};
 pub use place::{domain_dir, list, new_dir};
 pub use read::{is_module_address, GuestCode, Items, Session};
 pub(crate) use settle::Settling;
@@ -52,6 +55,8 @@ pub const KLOG_FILE: &str = "klog";
 pub const GRAPH_FILE: &str = "trace_graph.txt";
 /// The file in a session's directory that holds what the guest was caught at.
 pub const FINDINGS_FILE: &str = "findings.jsonl";
+/// The guest's list of modules, in the session's directory.
+pub const MODULES_FILE: &str = "modules.jsonl";
 
 /// Why a session cannot be written or read.
 #[derive(Debug, thiserror::Error)]

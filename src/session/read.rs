@@ -13,7 +13,7 @@ use crate::ring::{CodeMap, Decoder};
 
 use super::maps::Maps;
 use super::store::ChunkReader;
-use super::{Boot, Finding, Meta, Mode, SessionError, FINDINGS_FILE, KLOG_FILE};
+use super::{Boot, Finding, Meta, Mode, ModuleHistory, SessionError, FINDINGS_FILE, KLOG_FILE};
 
 /// `MODULES_VADDR` and `MODULES_END` (arch/x86/include/asm/pgtable_64_types.h)
 /// of a kernel with RANDOMIZE_BASE, whose image has 1 GiB.
@@ -118,6 +118,14 @@ impl Session {
                 })
             })
             .collect()
+    }
+
+    /// The guest's own lists of modules, as they were while it was traced.
+    ///
+    /// # Errors
+    /// If the file cannot be read or understood.
+    pub fn modules(&self) -> Result<ModuleHistory, SessionError> {
+        ModuleHistory::load(&self.dir)
     }
 
     /// All that was recorded, decoded: boot after boot, and within a boot the

@@ -7,11 +7,16 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use serde::Serialize;
+
 use crate::kernel::Symbols;
 use crate::ring::Chunk;
 
+use super::modules::MODULES_LIMIT;
 use super::store::{ChunkReader, ChunkWriter};
-use super::{maps, Finding, FindingKind, MapId, Meta, SessionError, FINDINGS_FILE};
+use super::{
+    maps, Finding, FindingKind, MapId, Meta, ModuleLook, SessionError, FINDINGS_FILE, MODULES_FILE,
+};
 
 /// How large `findings.jsonl` may become, bytes: a guest can change its keys as
 /// often as it likes.
@@ -24,7 +29,8 @@ pub struct SessionWriter {
     /// What it is; [`SessionWriter::save`] writes it.
     pub meta: Meta,
     chunks: HashMap<u16, ChunkWriter>,
-    findings: Findings,
+    findings: Lines,
+    modules: Lines,
     /// Bytes of ring files.
     size: u64,
     /// Bytes of `session.json`, as it was saved last.
@@ -71,18 +77,12 @@ impl SessionWriter {
     }
 
     fn open(dir: &Path, meta: Meta) -> Result<Self, SessionError> {
-        let path = dir.join(FINDINGS_FILE);
-        let findings = OpenOptions::new()
-            .append(true)
-            .create(true)
-            .mode(0o600)
-            .open(&path)
-            .map_err(SessionError::io("open", path))?;
         Ok(Self {
             dir: dir.to_owned(),
             meta,
             chunks: HashMap::new(),
-            findings: Findings::new(findings, dir)?,
+            findings: Lines::open(dir, FINDINGS_FILE, FINDINGS_LIMIT)?,
+            modules: Lines::open(dir, MODULES_FILE, MODULES_LIMIT)?,
             size: 0,
             meta_size: 0,
             limit: u64::MAX,
@@ -99,7 +99,7 @@ impl SessionWriter {
     /// How large it is, bytes: what grows with the trace, so without the
     /// symbols and the keys.
     pub fn size(&self) -> u64 {
-        self.size + self.meta_size + self.findings.size
+        self.size + self.meta_size + self.findings.size + self.modules.size
     }
 
     /// Sets how large it may become, bytes.
@@ -210,7 +210,25 @@ impl SessionWriter {
     /// # Errors
     /// If it cannot be written.
     pub fn finding(&mut self, finding: &Finding) -> Result<(), SessionError> {
-        self.findings.note(finding)
+        let full = Finding {
+            wall_ns: finding.wall_ns,
+            kind: FindingKind::Full,
+        };
+        self.findings.note(finding, &full)
+    }
+
+    /// Notes the guest's list of modules, as far as the file may grow; whether it
+    /// was noted. The last line says that nothing is known from there on.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn modules(&mut self, look: &ModuleLook) -> Result<bool, SessionError> {
+        let unknown = ModuleLook {
+            modules: None,
+            ..look.clone()
+        };
+        self.modules.note(look, &unknown)?;
+        Ok(!self.modules.is_full())
     }
 
     /// Writes `session.json`.
@@ -223,42 +241,58 @@ impl SessionWriter {
     }
 }
 
-/// `findings.jsonl`, which takes no more than [`FINDINGS_LIMIT`].
+/// A file that a guest can make grow, a JSON object a line.
 #[derive(Debug)]
-struct Findings {
+struct Lines {
     file: File,
     path: PathBuf,
     /// Bytes of it.
     size: u64,
+    /// What it may come to: a line that passes it is the last but one.
+    limit: u64,
 }
 
-impl Findings {
-    /// Goes on with a file that is open for appending.
-    fn new(file: File, dir: &Path) -> Result<Self, SessionError> {
-        let path = dir.join(FINDINGS_FILE);
+impl Lines {
+    /// Begins a file of the session, or goes on with it.
+    fn open(dir: &Path, name: &str, limit: u64) -> Result<Self, SessionError> {
+        let path = dir.join(name);
+        let file = OpenOptions::new()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(SessionError::io("open", &path))?;
         let size = file
             .metadata()
             .map_err(SessionError::io("look at", &path))?
             .len();
-        Ok(Self { file, path, size })
+        Ok(Self {
+            file,
+            path,
+            size,
+            limit,
+        })
     }
 
-    fn note(&mut self, finding: &Finding) -> Result<(), SessionError> {
-        if self.size >= FINDINGS_LIMIT {
+    fn is_full(&self) -> bool {
+        self.size >= self.limit
+    }
+
+    /// Writes a line, and where that fills the file, `last` behind it. Of a file
+    /// that is full, nothing becomes of it.
+    fn note<T: Serialize>(&mut self, line: &T, last: &T) -> Result<(), SessionError> {
+        if self.is_full() {
             return Ok(());
         }
-        self.write(finding)?;
-        if self.size >= FINDINGS_LIMIT {
-            self.write(&Finding {
-                wall_ns: finding.wall_ns,
-                kind: FindingKind::Full,
-            })?;
+        self.write(line)?;
+        if self.is_full() {
+            self.write(last)?;
         }
         Ok(())
     }
 
-    fn write(&mut self, finding: &Finding) -> Result<(), SessionError> {
-        let mut line = serde_json::to_vec(finding)
+    fn write(&mut self, value: &impl Serialize) -> Result<(), SessionError> {
+        let mut line = serde_json::to_vec(value)
             .map_err(std::io::Error::from)
             .map_err(SessionError::io("write", &self.path))?;
         line.push(b'\n');
@@ -343,30 +377,46 @@ mod tests {
     }
 
     #[test]
-    fn findings_end_with_a_line_that_says_so() {
-        let dir = tempfile::tempdir().expect("a directory");
-        let file = || {
-            OpenOptions::new()
-                .append(true)
-                .create(true)
-                .open(dir.path().join(FINDINGS_FILE))
-                .expect("a file")
-        };
+    fn what_a_guest_makes_grow_ends_with_a_line_that_says_so() {
+        let parent = tempfile::tempdir().expect("a directory");
+        let dir = parent.path().join("session");
+        let mut writer = SessionWriter::create(&dir, meta()).expect("a session");
         let finding = Finding {
             wall_ns: 1,
             kind: FindingKind::TracerOff,
         };
-        let mut findings = Findings::new(file(), dir.path()).expect("a beginning");
-        for _ in 0..FINDINGS_LIMIT / 20 {
-            findings.note(&finding).expect("a line");
+        let look = ModuleLook {
+            boot: 1,
+            since: 5,
+            modules: Some(Vec::new()),
+        };
+        let note = |writer: &mut SessionWriter| {
+            writer.finding(&finding).expect("a line");
+            writer.modules(&look).expect("a line")
+        };
+        assert!(note(&mut writer));
+        let most = MODULES_LIMIT / 20;
+        let grows = |_: &u64| note(&mut writer) || !writer.findings.is_full();
+        assert!(((0..most).take_while(grows).count() as u64) < most);
+        // Also where another helper goes on with the files.
+        drop(writer);
+        assert!(!note(&mut SessionWriter::resume(&dir).expect("a session")));
+        for (name, limit, last) in [
+            (
+                FINDINGS_FILE,
+                FINDINGS_LIMIT,
+                r#"{"wall_ns":1,"finding":"full"}"#,
+            ),
+            (
+                MODULES_FILE,
+                MODULES_LIMIT,
+                r#"{"boot":1,"since":5,"modules":null}"#,
+            ),
+        ] {
+            let text = fs::read_to_string(dir.join(name)).expect("the file");
+            assert!((limit..limit + 200).contains(&(text.len() as u64)));
+            assert_eq!(text.lines().filter(|line| *line == last).count(), 1);
+            assert_eq!(text.lines().next_back(), Some(last));
         }
-        // Also where another helper goes on with the file.
-        let mut findings = Findings::new(file(), dir.path()).expect("a beginning");
-        findings.note(&finding).expect("nothing");
-        let text = fs::read_to_string(dir.path().join(FINDINGS_FILE)).expect("the file");
-        assert!((FINDINGS_LIMIT..FINDINGS_LIMIT + 200).contains(&(text.len() as u64)));
-        let full: Vec<_> = text.lines().filter(|line| line.contains("full")).collect();
-        assert_eq!(full, [r#"{"wall_ns":1,"finding":"full"}"#]);
-        assert_eq!(text.lines().next_back(), full.first().copied());
     }
 }

@@ -167,6 +167,12 @@ fn a_clean_guest_is_clean_and_each_hook_is_found() {
             .filter(|finding| finding.severity > Severity::Notice);
         let rules: Vec<Rule> = found.map(|finding| finding.rule).collect();
         println!("{module}: {rules:?}; live: {found_live:?}");
+        // It is on the guest's list.
+        let of_list = found_live.iter().filter(|rule| *rule == "unlisted-module");
+        if module == "hook_procroot" {
+            assert!(!rules.contains(&Rule::UnlistedModule), "{verdict:#?}");
+            assert_eq!(of_list.count(), 0, "{found_live:?}");
+        }
         assert!(rules.contains(&rule), "{module}: {verdict:#?}");
         assert_eq!(
             (status, verdict.conclusion),
@@ -174,6 +180,27 @@ fn a_clean_guest_is_clean_and_each_hook_is_found() {
             "{module}"
         );
     }
+
+    // One that takes itself off the guest's list of modules is found as such,
+    // though it does what others on the list were found for.
+    let run = |command: &str| watched.traced.run(command).unwrap().success().unwrap();
+    run("insmod /lib/modules/hook_procroot.ko hide=1");
+    let listed = watched.traced.run("lsmod").unwrap().text;
+    assert!(!listed.contains("hook_procroot"), "{listed}");
+    let session = watched.session();
+    let found_live = live(&session);
+    run("echo 0 > /sys/module/hook_procroot/parameters/hide");
+    run("rmmod hook_procroot");
+    let (status, verdict) = watched.check();
+    let rules: Vec<Rule> = verdict.findings.iter().map(|found| found.rule).collect();
+    println!("hidden: {rules:?}; live: {found_live:?}");
+    assert_eq!(status, 1, "{verdict:#?}");
+    assert!(rules.contains(&Rule::UnlistedModule), "{verdict:#?}");
+    assert!(!rules.contains(&Rule::UnknownModule), "{verdict:#?}");
+    assert!(
+        found_live.iter().any(|rule| rule == "unlisted-module"),
+        "{found_live:?}"
+    );
 
     // With the hooks gone, so are the findings.
     watched.session();

@@ -12,6 +12,8 @@ use crate::dsl::{address, Story, Table, IN_MODULE, NOWHERE};
 use crate::forest::{forest, play};
 use crate::{readable, Clock};
 
+mod modules;
+
 const KERNEL: &str = "Linux version 6.1.0-xf";
 
 fn profile(items: &[Item]) -> Profile<'static> {
@@ -194,41 +196,6 @@ fn a_call_from_nowhere_is_found_with_its_path() {
         });
     });
     assert_eq!(check(&irq, None), []);
-}
-
-#[test]
-fn a_call_from_a_module_is_found_unless_it_was_learnt() {
-    let hooked = guest(2, |story, _| {
-        read_with(story, |story| {
-            story.call_from("getname", IN_MODULE).ret();
-        });
-    });
-    let found = check(&hooked, Some(&learn(&clean())));
-    assert_eq!(alarms(&found), [Rule::UnknownModule]);
-    assert_eq!(
-        by(&found, Rule::UnknownModule)[0].severity,
-        Severity::Critical
-    );
-    // Without a baseline nobody knows which modules are the guest's own.
-    assert_eq!(
-        by(&check(&hooked, None), Rule::UnknownModule)[0].severity,
-        Severity::Notice
-    );
-    assert_eq!(check(&hooked, Some(&learn(&hooked))), []);
-}
-
-#[test]
-fn a_function_in_a_module_is_found_as_a_callee() {
-    let hooked = guest(2, |story, _| {
-        read_with(story, |story| {
-            story
-                .call_at(IN_MODULE, xftrace::kernel::Gva(address("vfs_read").0 + 9))
-                .ret();
-        });
-    });
-    let found = check(&hooked, Some(&learn(&clean())));
-    assert_eq!(alarms(&found), [Rule::UnknownModule]);
-    assert_eq!(alarms(&check(&hooked, None)), []);
 }
 
 #[test]

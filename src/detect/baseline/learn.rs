@@ -6,7 +6,7 @@ use super::{Band, Baseline, Function, Learnt, Root, Silence, Skipped, TwoKernels
 use crate::callflow::{Kernels, Tally};
 use crate::detect::histogram::Histogram;
 use crate::detect::profile::{Profile, Silence as Silent};
-use crate::detect::site::{is_dispatcher, is_system_call, Label, Labels, MODULE};
+use crate::detect::site::{is_dispatcher, is_system_call, Label, Labels, Site};
 use crate::detect::{profile_of, ProfileLimits, MIN_CALLS};
 use crate::kernel::escape;
 use crate::session::{Session, SessionError, State};
@@ -192,9 +192,12 @@ pub(in crate::detect) fn order(labels: &Labels<'_>, (first, second): (Label, Lab
     format!("{} {}", name(labels, first), name(labels, second))
 }
 
-/// A module's name, or what stands for one without.
-pub(in crate::detect) fn module(known: Option<&str>) -> String {
-    known.map_or_else(|| MODULE.to_owned(), |module| escape(module.as_bytes()))
+/// Code in the module area: a module's name, or what stands for one without.
+pub(in crate::detect) fn module(site: &Site<'_>) -> String {
+    match site {
+        Site::Module(Some(module)) => escape(module.as_bytes()),
+        site => site.to_string(),
+    }
 }
 
 impl Function {
@@ -218,11 +221,7 @@ impl Function {
                 .map(|pair| order(labels, *pair))
                 .collect(),
             nested: function.nested.is_some(),
-            from_modules: function
-                .from_modules
-                .keys()
-                .map(|known| module(*known))
-                .collect(),
+            from_modules: function.from_modules.keys().map(module).collect(),
         }
     }
 }

@@ -12,7 +12,7 @@ use crate::keys::Tamper;
 use crate::ring::RecordFormat;
 use crate::session::{
     Boot, EndReason, Finding as Caught, GuestCounts, MapId, Meta, Mode, QemuProcess, SessionWriter,
-    FINDINGS_FILE, KLOG_FILE,
+    FINDINGS_FILE, KLOG_FILE, MODULES_FILE,
 };
 
 const BANNER: &str = "Linux version 6.1.0-xf\n";
@@ -151,6 +151,10 @@ fn a_baseline_of_another_kernel_tells_nothing() {
 fn plain_records_prove_nothing_and_the_rules_that_need_more_are_named() {
     let dir = tempfile::tempdir().expect("a directory");
     let mut session = session(dir.path(), &[]);
+    let unknown = check(&session, None).expect("a verdict");
+    assert_eq!(unknown.not_judged, [Rule::UnlistedModule]);
+    let look = "{\"boot\":1,\"since\":5,\"modules\":[]}\n{\"boot\":1,\"si";
+    std::fs::write(session.dir().join(MODULES_FILE), look).expect("written");
     let keyed = check(&session, None).expect("a verdict");
     assert_eq!(keyed.not_judged, []);
     session.meta.mode = Mode::Plain;

