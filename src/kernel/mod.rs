@@ -28,6 +28,7 @@ mod address;
 pub mod btf;
 pub mod control;
 mod escape;
+mod executable;
 mod find;
 mod identify;
 mod image;
@@ -39,6 +40,7 @@ mod symbols;
 
 pub use address::Gva;
 pub(crate) use escape::escape;
+pub use executable::Executable;
 pub use find::{banners, find_all, has_banner, probe, Check, FindError};
 pub use image::Kernel;
 pub use modules::{modules, Module, ModuleList, ModulesError};

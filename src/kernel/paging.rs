@@ -11,14 +11,14 @@ use crate::ram::{Gpa, GuestRam, RamError};
 use super::Gva;
 
 /// Bit 0 of an entry: it is in use.
-const PRESENT: u64 = 1 << 0;
+pub(super) const PRESENT: u64 = 1 << 0;
 /// Bit 7 of a level 2 or 3 entry: it maps a large page, not a table.
-const LARGE: u64 = 1 << 7;
+pub(super) const LARGE: u64 = 1 << 7;
 /// Bits 12 to 51: where the table or page lies. Whatever else the guest sets
 /// (protection keys, no-execute, software bits) is masked away.
-const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+pub(super) const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 /// Bytes of a table.
-const TABLE: u64 = 4096;
+pub(super) const TABLE: u64 = 4096;
 
 /// Why a guest virtual address has no guest physical one.
 #[derive(Debug, thiserror::Error)]

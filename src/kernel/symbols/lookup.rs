@@ -39,6 +39,22 @@ impl Symbols {
         Some((self.name_of(symbol), link.0 - symbol.address))
     }
 
+    /// The nearest symbol of any kind at or before a link-time address of the
+    /// kernel's image, data too, and how many bytes the address is past it.
+    pub fn symbol_before(&self, link: Gva) -> Option<(&str, u64)> {
+        let after = self
+            .image
+            .partition_point(|symbol| symbol.address <= link.0);
+        let before = self.image.get(..after)?;
+        let address = before.last()?.address;
+        let aliases = before.iter().rev().take_while(|s| s.address == address);
+        let best = aliases
+            .map(|symbol| (rank(symbol, self.name_of(symbol)), symbol))
+            .min_by(|(one, _), (other, _)| one.cmp(other))?
+            .1;
+        Some((self.name_of(best), link.0 - address))
+    }
+
     /// Whether a function of the kernel's image begins at this link-time
     /// address, or does with an ENDBR64 instruction before it.
     pub fn is_function_start(&self, link: Gva) -> bool {
