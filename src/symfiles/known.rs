@@ -58,39 +58,23 @@ impl Known {
     /// # Errors
     /// If it cannot be read or is none of these.
     pub fn load(path: &Path) -> Result<Self, SymfileError> {
-        let content = |fault| SymfileError::Content {
-            path: path.to_owned(),
-            fault,
-        };
-        let failed = || SymfileError::io("read", path);
-        // O_NONBLOCK, so that a pipe of that name is refused, not waited for.
-        let mut file = File::options()
-            .read(true)
-            .custom_flags(libc::O_NONBLOCK)
-            .open(path)
-            .map_err(failed())?;
-        if !file.metadata().map_err(failed())?.is_file() {
-            return Err(content(Fault::NotAFile));
+        Self::parse(content(path)?).map_err(|fault| fault.of(path))
+    }
+
+    /// The same, and, of a file that a guest can boot, the kernel in it: the ELF
+    /// file and what follows it.
+    ///
+    /// # Errors
+    /// As [`Known::load`].
+    pub fn with_image(path: &Path) -> Result<(Self, Option<Vec<u8>>), SymfileError> {
+        let bytes = content(path)?;
+        if !bzimage::is(&bytes) {
+            let known = Self::parse(bytes).map_err(|fault| fault.of(path))?;
+            return Ok((known, None));
         }
-        let mut head = Vec::new();
-        let length = package::MAGIC.len() as u64;
-        file.by_ref()
-            .take(length)
-            .read_to_end(&mut head)
-            .map_err(failed())?;
-        file.seek(SeekFrom::Start(0)).map_err(failed())?;
-        if head == package::MAGIC {
-            // As a stream: packages may be large, and the kernel comes early.
-            let (_, bytes) = package::kernel(BufReader::new(file)).map_err(content)?;
-            return Self::parse(bytes).map_err(content);
-        }
-        let mut bytes = Vec::new();
-        let limit = MAX_FILE + 1;
-        file.take(limit).read_to_end(&mut bytes).map_err(failed())?;
-        if bytes.len() as u64 == limit {
-            return Err(content(Fault::TooLarge));
-        }
-        Self::parse(bytes).map_err(content)
+        let kernel = bzimage::kernel(&bytes).map_err(|fault| fault.of(path))?;
+        let known = Self::of_elf(&kernel).map_err(|fault| fault.of(path))?;
+        Ok((known, Some(kernel)))
     }
 
     /// Reads the content of such a file, a package excepted.
@@ -147,6 +131,41 @@ impl Known {
             banner: None,
         })
     }
+}
+
+/// What is in a file, or, where it is a package, in the kernel in that.
+fn content(path: &Path) -> Result<Vec<u8>, SymfileError> {
+    let failed = || SymfileError::io("read", path);
+    // O_NONBLOCK, so that a pipe of that name is refused, not waited for.
+    let mut file = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .map_err(failed())?;
+    if !file.metadata().map_err(failed())?.is_file() {
+        return Err(Fault::NotAFile.of(path));
+    }
+    let mut head = Vec::new();
+    let length = package::MAGIC.len() as u64;
+    file.by_ref()
+        .take(length)
+        .read_to_end(&mut head)
+        .map_err(failed())?;
+    file.seek(SeekFrom::Start(0)).map_err(failed())?;
+    if head == package::MAGIC {
+        // As a stream: packages may be large, and the kernel comes early.
+        let kernel = package::kernel(BufReader::new(file));
+        return kernel
+            .map(|(_, bytes)| bytes)
+            .map_err(|fault| fault.of(path));
+    }
+    let mut bytes = Vec::new();
+    let limit = MAX_FILE + 1;
+    file.take(limit).read_to_end(&mut bytes).map_err(failed())?;
+    if bytes.len() as u64 == limit {
+        return Err(Fault::TooLarge.of(path));
+    }
+    Ok(bytes)
 }
 
 /// As a System.map, in the order given.

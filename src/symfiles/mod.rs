@@ -40,7 +40,7 @@ pub use known::{Kind, Known};
 pub use store::{Store, Stored};
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::kernel::SymbolsFault;
 
@@ -138,4 +138,14 @@ pub enum Fault {
     /// An index of the store.
     #[error(transparent)]
     Index(#[from] IndexFault),
+}
+
+impl Fault {
+    /// As what is wrong with this file.
+    fn of(self, path: &Path) -> SymfileError {
+        SymfileError::Content {
+            path: path.to_owned(),
+            fault: self,
+        }
+    }
 }

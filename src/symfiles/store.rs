@@ -5,6 +5,10 @@
 //! same kind of file, and adding it again replaces it. Files that are no
 //! indices, such as a System.map that somebody copied there, are left alone;
 //! the helper reads them too.
+//!
+//! Of a file that the guest can boot, the kernel itself is kept as well, since
+//! that is what its memory is checked against: `images/ID.gz`, the ELF file with
+//! what follows it, under gzip, whose checksum shows damage.
 
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File};
@@ -12,13 +16,19 @@ use std::io::Write;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
+use flate2::write::GzEncoder;
+use flate2::Compression;
 use sha2::{Digest, Sha256};
 
 use super::index::{self, Head};
-use super::{Known, SymfileError};
+use super::{unpack, Fault, Known, SymfileError, MAX_IMAGE};
 
 /// How the names of indices end.
 const SUFFIX: &str = "xfsyms";
+
+/// Where the kernels themselves are, and how their names end.
+const IMAGES: &str = "images";
+const IMAGE_SUFFIX: &str = "gz";
 
 /// How much of a digest is enough to tell kernels apart.
 const DIGEST: usize = 20;
@@ -38,6 +48,8 @@ pub struct Stored {
     pub path: PathBuf,
     /// What the index says.
     pub head: Head,
+    /// The kernel itself, where it is kept.
+    pub image: Option<PathBuf>,
 }
 
 impl Store {
@@ -54,30 +66,78 @@ impl Store {
     /// # Errors
     /// If the file cannot be used or the store cannot be written.
     pub fn add(&self, file: &Path) -> Result<(Stored, bool), SymfileError> {
-        let known = Known::load(file)?;
+        let (known, kernel) = Known::with_image(file)?;
         let head = Head::new(&known, &file.display().to_string());
         let bytes = index::write(&known, &head);
         let id = known.build_id.clone().unwrap_or_else(|| digest(&known));
         let path = self.dir.join(format!("{id}.{SUFFIX}"));
+        let there = path.exists();
+        // The index last: what is listed is whole.
+        if let Some(kernel) = kernel {
+            let image = self.image_path(&id);
+            self.put(&image, &|file| {
+                let mut gzip = GzEncoder::new(file, Compression::fast());
+                gzip.write_all(&kernel)?;
+                gzip.finish().map(|_| ())
+            })?;
+        }
+        self.put(&path, &|file| file.write_all(&bytes))?;
+        let image = Some(self.image_path(&id)).filter(|image| image.is_file());
+        let stored = Stored {
+            id,
+            path,
+            head,
+            image,
+        };
+        Ok((stored, there))
+    }
+
+    /// Writes a file that is whole or not there.
+    fn put(
+        &self,
+        path: &Path,
+        write: &dyn Fn(&mut File) -> std::io::Result<()>,
+    ) -> Result<(), SymfileError> {
+        let dir = path.parent().unwrap_or(&self.dir);
         DirBuilder::new()
             .recursive(true)
             .mode(0o755)
-            .create(&self.dir)
-            .map_err(SymfileError::io("create", &self.dir))?;
-        let there = path.exists();
-        let failed = || SymfileError::io("write", &path);
-        // In the same directory, without the suffix, so that nobody reads it
+            .create(dir)
+            .map_err(SymfileError::io("create", dir))?;
+        let failed = || SymfileError::io("write", path);
+        // In the same directory, under a hidden name, so that nobody reads it
         // half written and a rename puts it in place.
         let mut file = tempfile::Builder::new()
             .prefix(".adding-")
-            .tempfile_in(&self.dir)
+            .tempfile_in(dir)
             .map_err(failed())?;
-        file.write_all(&bytes).map_err(failed())?;
+        write(file.as_file_mut()).map_err(failed())?;
         file.as_file().sync_all().map_err(failed())?;
-        file.persist(&path).map_err(|error| failed()(error.error))?;
-        let sync = File::open(&self.dir).and_then(|dir| dir.sync_all());
-        sync.map_err(SymfileError::io("write", &self.dir))?;
-        Ok((Stored { id, path, head }, there))
+        file.persist(path).map_err(|error| failed()(error.error))?;
+        let sync = File::open(dir).and_then(|dir| dir.sync_all());
+        sync.map_err(SymfileError::io("write", dir))
+    }
+
+    fn image_path(&self, id: &str) -> PathBuf {
+        self.dir.join(IMAGES).join(format!("{id}.{IMAGE_SUFFIX}"))
+    }
+
+    /// The kernel with this banner, as it was built: the ELF file and what
+    /// follows it. None where no file that the guest can boot was added.
+    ///
+    /// # Errors
+    /// If it cannot be read, or is damaged.
+    pub fn image(&self, banner: &str) -> Result<Option<Vec<u8>>, SymfileError> {
+        let (stored, _) = self.list()?;
+        let fits = |kernel: &Stored| kernel.head.banner.as_deref() == Some(banner);
+        let kept = stored.into_iter().filter(fits);
+        let Some(path) = kept.filter_map(|kernel| kernel.image).next() else {
+            return Ok(None);
+        };
+        let packed = fs::read(&path).map_err(SymfileError::io("read", &path))?;
+        let kernel = unpack::Compression::Gzip.unpack(&packed, MAX_IMAGE);
+        let kernel = kernel.map_err(|error| Fault::Unpack(error.to_string()).of(&path))?;
+        Ok(Some(kernel))
     }
 
     /// All that are there, by release and id, and what is wrong with those
@@ -89,7 +149,15 @@ impl Store {
         let (mut stored, mut faults) = (Vec::new(), Vec::new());
         for (id, path) in self.files()? {
             match head(&path) {
-                Ok(head) => stored.push(Stored { id, path, head }),
+                Ok(head) => {
+                    let image = Some(self.image_path(&id)).filter(|image| image.is_file());
+                    stored.push(Stored {
+                        id,
+                        path,
+                        head,
+                        image,
+                    });
+                }
                 Err(error) => faults.push(error),
             }
         }
@@ -122,6 +190,13 @@ impl Store {
                 return Err(SymfileError::Id(text));
             }
         };
+        let image = self.image_path(found.0);
+        match fs::remove_file(&image) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(SymfileError::io("remove", &image)(error));
+            }
+            _ => {}
+        }
         fs::remove_file(found.1).map_err(SymfileError::io("remove", found.1))?;
         Ok(found.0.clone())
     }
