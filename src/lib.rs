@@ -23,6 +23,7 @@ pub mod config;
 pub mod detect;
 pub mod follow;
 pub mod helper;
+pub mod integrity;
 pub mod kernel;
 pub mod keys;
 pub mod libvirt;

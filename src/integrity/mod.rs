@@ -1,0 +1,199 @@
+//! Whether the guest's kernel is what it was built as, told from its memory.
+//!
+//! ```text
+//! vmlinuz -image-> what was built  --.
+//!           `----- sites: where it may patch itself --> text: the differences
+//! guest memory -kernel::Kernel-> what is there --'
+//! ```
+//!
+//! Nothing has to be traced for that, and what is found was there before anybody
+//! looked: a hook that is never called is in memory all the same.
+//!
+//! **What is trusted is a file of the host's**, the vmlinuz that the guest boots:
+//! an [`Image`] says what the kernel's text is before it patches itself, at any
+//! slide. Nothing of what should be is taken from guest memory, with one
+//! exception: constants that the kernel computes at boot and writes into its own
+//! code are compared with the variables that they are copies of.
+//!
+//! **A kernel patches itself**, at places that its image lists (`sites.rs`), and
+//! each of these has few forms that it may take (`patched.rs`): another
+//! alternative, another branch, a NOP. What a place is in memory must be one of
+//! them. Which of them it is hangs on the processor and on what is switched on,
+//! and is not judged.
+//!
+//! Uses `kernel`, `symfiles` and `ram`; writes nothing.
+
+mod code;
+mod data;
+mod files;
+mod finding;
+mod ftrace;
+mod image;
+mod interrupts;
+mod owner;
+mod probes;
+mod text;
+mod view;
+
+pub use finding::{Check, Finding, Outcome, Report};
+pub use image::{Image, ImageFault};
+
+use crate::kernel::btf::Btf;
+use crate::kernel::{Gva, Kernel, Symbols};
+use crate::ram::{GuestRam, RamError};
+
+use owner::Owners;
+use text::TextReport;
+use view::View;
+
+/// The most text that is compared: a distribution's kernel has some 20 MiB.
+const MAX_TEXT: u64 = 256 << 20;
+/// The longest banner.
+const MAX_BANNER: usize = 1024;
+
+/// Why a kernel could not be checked at all.
+#[derive(Debug, thiserror::Error)]
+pub enum IntegrityError {
+    /// The image that it is to be compared with is of no use.
+    #[error(transparent)]
+    Image(#[from] ImageFault),
+    /// It is the image of another kernel.
+    #[error("it is the image of another kernel than the one that the guest runs: {image}")]
+    OtherKernel {
+        /// The image's banner, escaped.
+        image: String,
+    },
+    /// Guest memory could not be read.
+    #[error(transparent)]
+    Ram(#[from] RamError),
+}
+
+/// What a guest's kernel is compared with: how it was built. Made once for each
+/// kernel, since taking it apart costs more than a check.
+#[derive(Debug)]
+pub struct Trusted {
+    image: Image,
+    sites: text::Sites,
+    btf: Option<Btf>,
+    banner: String,
+}
+
+impl Trusted {
+    /// Takes the kernel's image apart, which `symbols` belong to.
+    ///
+    /// # Errors
+    /// If it is none that a kernel can be compared with.
+    pub fn new(image: Image, symbols: &Symbols) -> Result<Self, IntegrityError> {
+        let banner = symbols.address("linux_banner");
+        let text = banner.and_then(|at| image.up_to(at, MAX_BANNER));
+        let text = text.ok_or(ImageFault::Missing("banner (linux_banner)"))?;
+        let line = text.split(|&byte| byte == b'\n' || byte == 0).next();
+        let btf = image
+            .section(".BTF")
+            .map(|(_, bytes)| Btf::parse(bytes.to_vec()));
+        Ok(Self {
+            banner: crate::kernel::escape(line.unwrap_or_default()),
+            sites: text::Sites::of(&image, symbols)?,
+            btf: btf.transpose().ok().flatten(),
+            image,
+        })
+    }
+}
+
+/// Looks at all that a hook may lie in. Guest memory changes meanwhile; what is
+/// found once and not again a moment later was no hook ([`Report::lasting`]).
+///
+/// # Errors
+/// If nothing can be compared.
+pub fn check(
+    ram: &dyn GuestRam,
+    kernel: &Kernel,
+    symbols: &Symbols,
+    trusted: &Trusted,
+) -> Result<Report, IntegrityError> {
+    if trusted.banner != kernel.banner {
+        return Err(IntegrityError::OtherKernel {
+            image: trusted.banner.clone(),
+        });
+    }
+    let view = View {
+        ram,
+        kernel,
+        symbols,
+        btf: trusted.btf.as_ref(),
+    };
+    let owners = Owners::of(&view);
+    let mut report = Report::default();
+    let text = check_text(&view, trusted, &owners, &mut report);
+    data::constants(&view, &trusted.image, &owners, &mut report);
+    data::pointers(&view, &trusted.image, &owners, &mut report);
+    interrupts::gates(&view, &owners, &mut report);
+    ftrace::callbacks(&view, &owners, text.as_ref(), &mut report);
+    probes::kprobes(&view, &owners, &mut report);
+    probes::tracepoints(&view, &owners, &trusted.image, &mut report);
+    files::operations(&view, &owners, &mut report);
+    code::unowned(&view, &owners, &mut report);
+    // What was zeros because the file vanished is no verdict about the guest.
+    ram.check()?;
+    Ok(report)
+}
+
+/// Compares the kernel's text.
+fn check_text(
+    view: &View<'_>,
+    trusted: &Trusted,
+    owners: &Owners,
+    report: &mut Report,
+) -> Option<TextReport> {
+    let compared = compare_text(view, trusted);
+    match &compared {
+        Ok(text) => {
+            for change in &text.changes {
+                let at = view.kernel.runtime(change.at);
+                let leads = change.leads_to().map(|to| view.kernel.runtime(to));
+                report.add(Finding {
+                    check: Check::KernelText,
+                    place: view.name(at),
+                    address: at.0,
+                    expected: data::hex(&change.built),
+                    found: data::hex(&change.memory),
+                    owner: leads.map(|to| {
+                        format!("leads to {}: {}", view.name(to), owners.owner(view, to))
+                    }),
+                });
+            }
+            report.not_listed += text.more;
+            report.done(Check::KernelText, text.compared, None);
+        }
+        Err(doubt) => report.done(Check::KernelText, 0, Some(doubt.clone())),
+    }
+    compared.ok()
+}
+
+fn compare_text(view: &View<'_>, trusted: &Trusted) -> Result<TextReport, String> {
+    let text = view.symbols.text();
+    let length = text.end.0.saturating_sub(text.start.0);
+    let room = usize::try_from(length).ok().filter(|_| length <= MAX_TEXT);
+    let room =
+        room.ok_or_else(|| format!("the kernel's text has {length} bytes by its symbols"))?;
+    // By the guest's page tables: what runs is what they lead to.
+    let memory = view.bytes(view.kernel.runtime(text.start), room, "the kernel's text");
+    let memory = memory.map_err(|error| error.to_string())?;
+    let variable = |link: Gva, width: usize| {
+        let mut word = [0; 8];
+        let bytes = word.get_mut(..width)?;
+        view.kernel
+            .read(view.ram, view.kernel.runtime(link), bytes)
+            .ok()?;
+        Some(u64::from_le_bytes(word))
+    };
+    text::compare(
+        &trusted.image,
+        &trusted.sites,
+        view.symbols,
+        view.kernel.slide,
+        &memory,
+        &variable,
+    )
+    .map_err(|error| error.to_string())
+}

@@ -1,0 +1,237 @@
+//! Whose code an address is.
+//!
+//! Besides the kernel's own text and its modules', code comes to be while a
+//! kernel runs: Ftrace's trampolines, the instructions that kprobes moved out of
+//! the way, and BPF programs. The kernel keeps lists of all of them. Those lists
+//! are the guest's word; but whoever is on none of them has no name for what it
+//! runs, and that is what is looked for.
+
+use std::fmt;
+use std::ops::Range;
+
+use super::view::{Obstacle, View};
+use crate::kernel::{modules, Gva, Module};
+
+/// What Ftrace's trampolines are called.
+pub(super) const FTRACE: &str = "a trampoline of Ftrace's";
+/// A page, of instructions that kprobes moved.
+const PAGE: u64 = 4096;
+/// PMD_SIZE: what BPF programs share, for each node (`bpf_prog_pack`,
+/// kernel/bpf/core.c).
+const PACK: u64 = 2 << 20;
+/// More nodes than any machine has.
+const MAX_NODES: u32 = 1024;
+/// The kernel's own programs in memory below 1 MiB.
+const MEGABYTE: u64 = 1 << 20;
+
+/// Whose an address is. All text is fit for a terminal.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Owner {
+    /// A function of the kernel's.
+    Kernel(String),
+    /// A module of the guest's list.
+    Module(String),
+    /// Code that the kernel made, by its kind.
+    Made(String),
+    /// Something of the kernel's that is no code.
+    Data(String),
+    /// Nobody's.
+    Nobody,
+}
+
+impl fmt::Display for Owner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Kernel(name) => write!(f, "the kernel: {name}"),
+            Self::Module(name) => write!(f, "the module {name}"),
+            Self::Made(kind) => f.write_str(kind),
+            Self::Data(name) => write!(f, "no code, but the kernel's {name}"),
+            Self::Nobody => f.write_str("nobody in the guest's lists"),
+        }
+    }
+}
+
+/// Who there is.
+pub(super) struct Owners {
+    pub(super) modules: Vec<Module>,
+    /// Code that the kernel made, and what it is.
+    pub(super) made: Vec<(Range<Gva>, String)>,
+    /// What could not be listed.
+    pub(super) doubts: Vec<String>,
+}
+
+impl Owners {
+    pub(super) fn of(view: &View<'_>) -> Self {
+        let mut owners = Self {
+            modules: Vec::new(),
+            made: Vec::new(),
+            doubts: Vec::new(),
+        };
+        let listed = view
+            .btf()
+            .map_err(|error| error.to_string())
+            .and_then(|btf| {
+                modules(view.ram, view.kernel, view.symbols, btf).map_err(|error| error.to_string())
+            });
+        match listed {
+            Ok(modules) => owners.modules = modules,
+            Err(doubt) => owners.doubts.push(doubt),
+        }
+        type List = fn(&View<'_>, &mut Vec<(Range<Gva>, String)>) -> Result<(), Obstacle>;
+        // Each is there only in a kernel that is built with it.
+        let lists: [(&str, List); 5] = [
+            ("ftrace_ops_list", trampolines),
+            ("kprobe_insn_slots", probe_slots),
+            ("bpf_kallsyms", bpf_programs),
+            ("pack_list", bpf_packs),
+            ("real_mode_header", real_mode),
+        ];
+        for (symbol, list) in lists {
+            if view.symbols.address(symbol).is_none() {
+                continue;
+            }
+            if let Err(error) = list(view, &mut owners.made) {
+                owners.doubts.push(error.to_string());
+            }
+        }
+        owners
+    }
+
+    pub(super) fn owner(&self, view: &View<'_>, at: Gva) -> Owner {
+        if view.in_text(at) {
+            return Owner::Kernel(view.name(at));
+        }
+        if let Some(module) = self.modules.iter().find(|module| module.has(at)) {
+            let offset = module.code.iter().find(|code| code.contains(&at));
+            let offset = offset.map_or(0, |code| at.wrapping_sub(code.start));
+            return Owner::Module(format!("{} (+{offset:#x})", module.name));
+        }
+        let made = self.made.iter().find(|(range, _)| range.contains(&at));
+        if let Some((_, kind)) = made {
+            return Owner::Made(kind.clone());
+        }
+        if view.kernel.in_image(view.kernel.link(at)) {
+            return Owner::Data(view.name(at));
+        }
+        Owner::Nobody
+    }
+}
+
+fn range(start: Gva, length: u64) -> Range<Gva> {
+    start..Gva(start.0.saturating_add(length))
+}
+
+/// `struct ftrace_ops` (include/linux/ftrace.h): those that Ftrace calls, from
+/// `ftrace_ops_list` on, the last of which is `ftrace_list_end`.
+pub(super) fn ftrace_ops(view: &View<'_>) -> Result<Vec<Gva>, Obstacle> {
+    const WHAT: &str = "the list of Ftrace's callbacks";
+    let next = view.btf()?.structure("ftrace_ops")?.field("next")?.offset;
+    let end = view.address("ftrace_list_end")?;
+    let mut all = Vec::new();
+    let mut at = view.pointer(view.address("ftrace_ops_list")?, WHAT)?;
+    while at != end && at.0 != 0 {
+        if all.len() >= super::view::MAX_ENTRIES {
+            return Err(Obstacle::Endless(WHAT));
+        }
+        all.push(at);
+        at = view.pointer(at.wrapping_add(next.into()), WHAT)?;
+    }
+    Ok(all)
+}
+
+/// Those of registered callbacks, and those of the kernel's own that were: their
+/// trampolines stay (`ftrace_ops_trampoline_list`, kernel/trace/ftrace.c).
+fn trampolines(view: &View<'_>, made: &mut Vec<(Range<Gva>, String)>) -> Result<(), Obstacle> {
+    const WHAT: &str = "the list of Ftrace's trampolines";
+    let ops = view.btf()?.structure("ftrace_ops")?;
+    let (at, size) = (
+        ops.field("trampoline")?.offset,
+        ops.field("trampoline_size")?.offset,
+    );
+    let mut all = ftrace_ops(view)?;
+    if let Ok(head) = view.address("ftrace_ops_trampoline_list") {
+        all.extend(view.list(head, ops.field("list")?.offset, WHAT)?);
+    }
+    for ops in all {
+        let start = view.pointer(ops.wrapping_add(at.into()), WHAT)?;
+        let length = view.pointer(ops.wrapping_add(size.into()), WHAT)?.0;
+        // One of the kernel's own text has no size here.
+        if start.0 != 0 && length != 0 && length <= PAGE {
+            // Whole pages are executable, what is behind it in them too.
+            let pages = length.next_multiple_of(PAGE);
+            made.push((range(start, pages), FTRACE.to_owned()));
+        }
+    }
+    Ok(())
+}
+
+/// `struct kprobe_insn_cache` and `struct kprobe_insn_page`, kernel/kprobes.c.
+fn probe_slots(view: &View<'_>, made: &mut Vec<(Range<Gva>, String)>) -> Result<(), Obstacle> {
+    const WHAT: &str = "the list of kprobes' instructions";
+    let btf = view.btf()?;
+    let pages = btf.structure("kprobe_insn_cache")?.field("pages")?.offset;
+    let page = btf.structure("kprobe_insn_page")?;
+    let (list, insns) = (page.field("list")?.offset, page.field("insns")?.offset);
+    for cache in ["kprobe_insn_slots", "kprobe_optinsn_slots"] {
+        let Ok(cache) = view.address(cache) else {
+            continue;
+        };
+        for page in view.list(cache.wrapping_add(pages.into()), list, WHAT)? {
+            let start = view.pointer(page.wrapping_add(insns.into()), WHAT)?;
+            made.push((
+                range(start, PAGE),
+                "instructions that a kprobe moved".to_owned(),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// `struct bpf_ksym`, include/linux/bpf.h.
+fn bpf_programs(view: &View<'_>, made: &mut Vec<(Range<Gva>, String)>) -> Result<(), Obstacle> {
+    const WHAT: &str = "the list of BPF programs";
+    let ksym = view.btf()?.structure("bpf_ksym")?;
+    let [start, end, name, list] = ["start", "end", "name", "lnode"].map(|name| ksym.field(name));
+    let (start, end, name, list) = (start?.offset, end?.offset, name?.offset, list?.offset);
+    for program in view.list(view.address("bpf_kallsyms")?, list, WHAT)? {
+        let from = view.pointer(program.wrapping_add(start.into()), WHAT)?;
+        let to = view.pointer(program.wrapping_add(end.into()), WHAT)?;
+        let name = view.text(program.wrapping_add(name.into()));
+        if from < to {
+            made.push((from..to, format!("the BPF program {name}")));
+        }
+    }
+    Ok(())
+}
+
+/// `struct bpf_prog_pack`, kernel/bpf/core.c: memory for many programs.
+fn bpf_packs(view: &View<'_>, made: &mut Vec<(Range<Gva>, String)>) -> Result<(), Obstacle> {
+    const WHAT: &str = "the list of memory for BPF programs";
+    let pack = view.btf()?.structure("bpf_prog_pack")?;
+    let (list, ptr) = (pack.field("list")?.offset, pack.field("ptr")?.offset);
+    let nodes = match view.address("nr_node_ids") {
+        Ok(at) => view.half(at, WHAT)?.clamp(1, MAX_NODES),
+        Err(_) => 1,
+    };
+    for pack in view.list(view.address("pack_list")?, list, WHAT)? {
+        let start = view.pointer(pack.wrapping_add(ptr.into()), WHAT)?;
+        let room = PACK * u64::from(nodes);
+        made.push((range(start, room), "memory for BPF programs".to_owned()));
+    }
+    Ok(())
+}
+
+/// What processors begin with, in real mode (arch/x86/realmode/init.c).
+fn real_mode(view: &View<'_>, made: &mut Vec<(Range<Gva>, String)>) -> Result<(), Obstacle> {
+    const WHAT: &str = "the code of real mode";
+    let start = view.pointer(view.address("real_mode_header")?, WHAT)?;
+    let blob = view
+        .address("real_mode_blob_end")?
+        .wrapping_sub(view.address("real_mode_blob")?);
+    let length = blob.next_multiple_of(PAGE);
+    let low = view.pointer(view.address("page_offset_base")?, WHAT)?;
+    if start.wrapping_sub(low) < MEGABYTE && length <= MEGABYTE {
+        made.push((range(start, length), "the code of real mode".to_owned()));
+    }
+    Ok(())
+}
