@@ -31,7 +31,7 @@ pub(super) struct Image {
     /// How many others there are that pass every check.
     pub(super) others: usize,
     pub(super) symbols_path: PathBuf,
-    symbols: Arc<Symbols>,
+    pub(super) symbols: Arc<Symbols>,
     link: Result<Link, LinkError>,
     name: String,
 }

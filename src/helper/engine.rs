@@ -105,10 +105,7 @@ impl Engine {
         graphs: Graphs,
     ) -> Self {
         let enrolment = Enrolment::of(&domain, &config);
-        let sources = match enrolment.as_ref().and_then(|wanted| wanted.symbols.clone()) {
-            Some(named) => vec![named],
-            None => vec![config.paths.symbols.clone()],
-        };
+        let sources = super::living::places(enrolment.as_ref(), &config);
         let status = Status {
             domain: domain.name.clone(),
             uuid: domain.uuid,

@@ -31,6 +31,7 @@ mod fake;
 mod graphs;
 mod keyring;
 mod link;
+mod living;
 mod modules;
 mod notify;
 pub mod protocol;
@@ -49,5 +50,6 @@ mod watch;
 
 pub use attach::{attach, Attached};
 pub(crate) use link::{Link, LinkError};
+pub use living::{find_living, Living};
 pub use run::{run, Options};
 pub(crate) use sources::{Fitting, Sources};

@@ -4,20 +4,26 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueHint};
 
-use super::domain_text;
+use super::{domain_text, ImageOption};
 use crate::config::parse_baseline;
 
 /// Say whether a guest's kernel control flow is hooked
 ///
-/// Judges a recorded session: by what no kernel does and, with a baseline, by
-/// what the guest did when it was clean. A session that is still written is
-/// judged as far as it goes. docs/detection.md says what each rule sees.
+/// Looks into the memory of a running domain (or of a saved image), and compares
+/// the kernel with the one that the guest boots: its code, its constants, where
+/// interrupts enter it, and whom it calls. And judges the domain's newest session
+/// (or the one that is named): by what no kernel does and, with a baseline, by
+/// what the guest did when it was clean. docs/detection.md says what each sees.
+///
+/// The kernel that the guest boots has to be known: 'xftrace symbols add' its
+/// vmlinuz or linux-image package. The guest is neither stopped nor written to.
 #[derive(Debug, Clone, Args)]
 #[command(after_long_help = "\
 Examples:
   xftrace check -d web1 --baseline web
   xftrace check /var/log/libvirt/qemu/web1.xftrace/20261123T093000Z
-  xftrace check -d web1 --json | jq '.findings[] | .what'
+  xftrace check --memory web1.elf --kernel vmlinuz-6.1.0-50-amd64
+  xftrace check -d web1 --json | jq '.memory.findings[] | .place'
 
 Exit status:
   0  clean, as far as the rules can see
@@ -28,7 +34,7 @@ pub struct CheckArgs {
     #[arg(value_name = "SESSION", value_hint = ValueHint::DirPath, conflicts_with = "domain")]
     pub session: Option<PathBuf>,
 
-    /// The domain whose newest session to check: a name, id or UUID
+    /// The domain to check, with its newest session: a name, id or UUID
     ///
     /// Without it and without a session, the only enrolled domain that runs.
     #[arg(short, long, value_name = "DOMAIN", value_parser = domain_text)]
@@ -39,6 +45,15 @@ pub struct CheckArgs {
     /// A session that is named by its directory has no domain here.
     #[arg(short, long, value_name = "NAME", value_parser = parse_baseline)]
     pub baseline: Option<String>,
+
+    /// The kernel that the guest boots: its vmlinuz or linux-image package
+    /// [default: the one in the store]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, conflicts_with = "session")]
+    pub kernel: Option<PathBuf>,
+
+    /// What to look at in place of a domain.
+    #[command(flatten)]
+    pub image: ImageOption,
 
     /// Print JSON, as docs/verdict.schema.json describes it
     #[arg(long)]

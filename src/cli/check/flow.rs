@@ -1,34 +1,15 @@
-//! `xftrace check`.
+//! The call flow's part of `xftrace check`.
 
 use std::io::Write;
+use std::path::Path;
 use std::time::{Duration, UNIX_EPOCH};
 
-use super::out::Stdout;
-use super::{target, Context, Exit};
-use crate::cli::args::CheckArgs;
+use crate::config::Config;
 use crate::detect::{self, Conclusion, Evidence, Finding, Severity, Store, Verdict};
-use crate::libvirt::enrolment::Enrolment;
 use crate::session::Session;
 
-/// Runs the command.
-pub(super) fn run(context: &Context, args: &CheckArgs) -> anyhow::Result<Exit> {
-    let config = context.config()?;
-    let (dir, domain) = match (&args.session, &args.domain) {
-        (Some(dir), _) => (dir.clone(), None),
-        (None, Some(typed)) => {
-            let known = target::known(context, typed);
-            let name = known.as_ref().map_or(typed, |domain| &domain.name);
-            (target::newest_session(&config, name)?, known)
-        }
-        (None, None) => {
-            let domain = target::running(context, &config, None)?;
-            (target::newest_session(&config, &domain.name)?, Some(domain))
-        }
-    };
-    let name = args
-        .baseline
-        .clone()
-        .or_else(|| Enrolment::baseline_of(domain.as_ref(), &config));
+/// Judges a session; `name` is the baseline's, if there is one.
+pub(super) fn judge(config: &Config, dir: &Path, name: Option<&str>) -> anyhow::Result<Verdict> {
     let baseline = match name {
         Some(name) => {
             let baseline = Store::at(&config.paths.baselines).load(&name)?;
@@ -36,30 +17,16 @@ pub(super) fn run(context: &Context, args: &CheckArgs) -> anyhow::Result<Exit> {
         }
         None => None,
     };
-    let session = Session::open(&dir)?;
-    let known = baseline
-        .as_ref()
-        .map(|(name, baseline)| (name.as_str(), baseline));
-    let verdict = detect::check(&session, known)?;
-    let mut out = Stdout::new();
-    if args.json {
-        serde_json::to_writer_pretty(&mut out, &verdict).map_err(std::io::Error::from)?;
-        writeln!(out)?;
-    } else {
-        print(&mut out, &verdict)?;
-    }
-    Ok(match verdict.conclusion {
-        Conclusion::Clean => Exit::Done,
-        Conclusion::Findings => Exit::Findings,
-        Conclusion::CouldNotTell => Exit::Trouble,
-    })
+    let session = Session::open(dir)?;
+    let known = baseline.as_ref().map(|(name, baseline)| (*name, baseline));
+    Ok(detect::check(&session, known)?)
 }
 
 /// How many notices are listed for people.
 const NOTICES: usize = 10;
 
 /// Writes a verdict for people.
-fn print(out: &mut impl Write, verdict: &Verdict) -> std::io::Result<()> {
+pub(super) fn print(out: &mut impl Write, verdict: &Verdict) -> std::io::Result<()> {
     writeln!(out, "domain:    {}", verdict.domain)?;
     writeln!(out, "session:   {}", verdict.session)?;
     if let Some(kernel) = &verdict.kernel {
@@ -130,12 +97,16 @@ fn print(out: &mut impl Write, verdict: &Verdict) -> std::io::Result<()> {
     for doubt in &verdict.doubts {
         writeln!(out, "\ndoubt: {doubt}")?;
     }
-    let conclusion = match verdict.conclusion {
-        Conclusion::Clean => "clean, as far as the rules can see".to_owned(),
-        Conclusion::Findings => format!("{} findings", alarms.len()),
-        Conclusion::CouldNotTell => "could not tell".to_owned(),
-    };
-    writeln!(out, "\nverdict: {conclusion}")
+    writeln!(out, "\nverdict: {}", conclusion(verdict.conclusion))
+}
+
+/// A conclusion in words.
+pub(super) fn conclusion(conclusion: Conclusion) -> &'static str {
+    match conclusion {
+        Conclusion::Clean => "clean, as far as the rules can see",
+        Conclusion::Findings => "findings",
+        Conclusion::CouldNotTell => "could not tell",
+    }
 }
 
 fn times(finding: &Finding) -> String {

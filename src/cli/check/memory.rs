@@ -1,0 +1,208 @@
+//! The memory's part of `xftrace check`.
+
+use std::io::Write;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{bail, Context as _};
+use serde::Serialize;
+
+use crate::cli::args::CheckArgs;
+use crate::cli::image::Image as Saved;
+use crate::config::Config;
+use crate::detect::Conclusion;
+use crate::helper::{attach, find_living, Living};
+use crate::integrity::{self, Finding, Image, Report, Trusted};
+use crate::kernel::{Kernel, Symbols};
+use crate::libvirt::xml::DomainXml;
+use crate::ram::GuestRam;
+use crate::symfiles::{Known, Store};
+
+/// What to say where there is nothing to compare with.
+pub(super) const NO_IMAGE: &str =
+    "the guest's memory was not looked at: the kernel that it boots is not in the store; add it \
+     with 'xftrace symbols add FILE' (its vmlinuz or linux-image package), or name it with --kernel";
+
+/// How long a kernel has to show that it lives.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Between the two looks that a finding has to be seen in. Longer than the kernel
+/// takes to patch its own code.
+const AGAIN: Duration = Duration::from_millis(200);
+
+/// What came of it.
+#[derive(Debug, Serialize)]
+pub(super) struct Memory {
+    pub(super) conclusion: Conclusion,
+    kernel: String,
+    #[serde(flatten)]
+    report: Report,
+}
+
+impl Memory {
+    fn of(kernel: &Kernel, report: Report) -> Self {
+        let doubtful = report.outcomes.iter().any(|one| one.doubt.is_some());
+        Self {
+            conclusion: match (report.findings.is_empty(), doubtful) {
+                (false, _) => Conclusion::Findings,
+                (true, true) => Conclusion::CouldNotTell,
+                (true, false) => Conclusion::Clean,
+            },
+            kernel: kernel.banner.clone(),
+            report,
+        }
+    }
+}
+
+/// What a kernel is to be compared with: what was named, or what the store has.
+fn trusted(
+    config: &Config,
+    args: &CheckArgs,
+    kernel: &Kernel,
+    symbols: &Symbols,
+) -> anyhow::Result<Option<Trusted>> {
+    let bytes = match &args.kernel {
+        Some(path) => {
+            let (_, kernel) = Known::with_image(path)?;
+            let name = path.display();
+            Some(kernel.with_context(|| {
+                format!("{name} is no kernel that can be booted; name the guest's vmlinuz")
+            })?)
+        }
+        None => Store::at(&config.paths.symbols).image(&kernel.banner)?,
+    };
+    let Some(bytes) = bytes else {
+        return Ok(None);
+    };
+    let what = || match &args.kernel {
+        Some(path) => path.display().to_string(),
+        None => format!("the kernel in {}", config.paths.symbols.display()),
+    };
+    let trusted = Image::parse(bytes).map_err(Into::into);
+    let trusted = trusted.and_then(|image| Trusted::new(image, symbols));
+    Ok(Some(trusted.with_context(what)?))
+}
+
+/// Looks at a running domain.
+pub(super) fn of_domain(
+    config: &Config,
+    args: &CheckArgs,
+    domain: &DomainXml,
+) -> anyhow::Result<Option<Memory>> {
+    let attached = attach(domain, config)?;
+    let living = find_living(domain, config, &attached, PATIENCE)?;
+    let Living { kernel, symbols } = living;
+    look(config, args, &*attached.ram, &kernel, &symbols, true)
+}
+
+/// Looks at a saved image.
+pub(super) fn of_image(
+    config: &Config,
+    args: &CheckArgs,
+    path: &Path,
+) -> anyhow::Result<Option<Memory>> {
+    let image = Saved::open(config, &args.image, path)?;
+    let symbols = Arc::clone(&image.symbols);
+    look(config, args, &image.ram, &image.kernel, &symbols, false)
+}
+
+fn look(
+    config: &Config,
+    args: &CheckArgs,
+    ram: &dyn GuestRam,
+    kernel: &Kernel,
+    symbols: &Symbols,
+    live: bool,
+) -> anyhow::Result<Option<Memory>> {
+    let Some(trusted) = trusted(config, args, kernel, symbols)? else {
+        return Ok(None);
+    };
+    let mut report = integrity::check(ram, kernel, symbols, &trusted)?;
+    if live && !report.findings.is_empty() {
+        std::thread::sleep(AGAIN);
+        report = integrity::check(ram, kernel, symbols, &trusted)?.lasting(&report);
+    }
+    if report.outcomes.is_empty() {
+        bail!("nothing was looked at");
+    }
+    Ok(Some(Memory::of(kernel, report)))
+}
+
+/// How many notes are listed for people.
+const NOTES: usize = 10;
+
+/// Writes it for people.
+pub(super) fn print(out: &mut impl Write, memory: &Memory) -> std::io::Result<()> {
+    let report = &memory.report;
+    writeln!(out, "memory of: {}", memory.kernel)?;
+    writeln!(out, "\nLOOKED AT            HOW MUCH   FINDINGS")?;
+    for outcome in &report.outcomes {
+        let found = report.findings.iter();
+        let count = found
+            .filter(|finding| finding.check == outcome.check)
+            .count();
+        writeln!(
+            out,
+            "{:<17} {:>11}   {count}",
+            outcome.check, outcome.looked_at
+        )?;
+        if let Some(doubt) = &outcome.doubt {
+            writeln!(out, "                    could not tell: {doubt}")?;
+        }
+    }
+    for finding in &report.findings {
+        print_finding(out, finding)?;
+    }
+    if report.not_listed > 0 {
+        writeln!(out, "\nand {} more findings", report.not_listed)?;
+    }
+    for note in report.notes.iter().take(NOTES) {
+        writeln!(out, "\nnote: {note}")?;
+    }
+    if report.notes.len() > NOTES {
+        writeln!(out, "  ... all of them are in --json")?;
+    }
+    let conclusion = super::flow::conclusion(memory.conclusion);
+    writeln!(out, "\nmemory: {conclusion}")
+}
+
+fn print_finding(out: &mut impl Write, finding: &Finding) -> std::io::Result<()> {
+    writeln!(
+        out,
+        "\n{}: {} ({:#x})",
+        finding.check, finding.place, finding.address
+    )?;
+    writeln!(out, "          should be: {}", finding.expected)?;
+    writeln!(out, "          is:        {}", finding.found)?;
+    if let Some(owner) = &finding.owner {
+        writeln!(out, "          whose:     {owner}")?;
+    }
+    writeln!(out, "          why:       {}", finding.check.reason())
+}
+
+/// One with all that there can be in it.
+#[cfg(test)]
+pub(super) fn full() -> Memory {
+    use crate::integrity::{Check, Outcome};
+    Memory {
+        conclusion: Conclusion::Findings,
+        kernel: "Linux version 6.1.0".to_owned(),
+        report: Report {
+            findings: vec![Finding {
+                check: Check::KernelText,
+                place: "vfs_read".to_owned(),
+                address: 1,
+                expected: "90".to_owned(),
+                found: "cc".to_owned(),
+                owner: Some("nobody".to_owned()),
+            }],
+            not_listed: 0,
+            notes: Vec::new(),
+            outcomes: vec![Outcome {
+                check: Check::KernelText,
+                looked_at: 1,
+                doubt: Some("why".to_owned()),
+            }],
+        },
+    }
+}

@@ -1,0 +1,244 @@
+//! `xftrace check`: what the guest's memory holds, and what its call flow did.
+//!
+//! * `memory`: the kernel of a running domain, or of a saved image, against how
+//!   it was built
+//! * `flow`: a session, against a baseline
+//!
+//! Of a domain, both are looked at, as far as there is something to look at; each
+//! part that there is not is said. The conclusion is that of the worse part.
+
+mod flow;
+mod memory;
+
+use std::io::Write;
+
+use anyhow::bail;
+use serde::Serialize;
+
+use super::out::Stdout;
+use super::{target, Context, Exit};
+use crate::cli::args::CheckArgs;
+use crate::config::Config;
+use crate::detect::{Conclusion, Verdict};
+use crate::libvirt::enrolment::Enrolment;
+use crate::session;
+
+use memory::Memory;
+
+/// What `--json` prints; docs/verdict.schema.json describes it.
+#[derive(Debug, Serialize)]
+struct Checked {
+    format: &'static str,
+    version: u32,
+    conclusion: Conclusion,
+    domain: Option<String>,
+    memory: Option<Memory>,
+    flow: Option<Verdict>,
+    remarks: Vec<String>,
+}
+
+impl Checked {
+    /// The worse of the two.
+    fn conclude(&mut self) {
+        let memory = self.memory.as_ref().map(|memory| memory.conclusion);
+        let flow = self.flow.as_ref().map(|flow| flow.conclusion);
+        let all = [memory, flow];
+        self.conclusion = if all.contains(&Some(Conclusion::Findings)) {
+            Conclusion::Findings
+        } else if all.contains(&Some(Conclusion::CouldNotTell)) || all == [None, None] {
+            Conclusion::CouldNotTell
+        } else {
+            Conclusion::Clean
+        };
+    }
+}
+
+/// Runs the command.
+pub(super) fn run(context: &Context, args: &CheckArgs) -> anyhow::Result<Exit> {
+    let config = context.config()?;
+    let mut checked = Checked {
+        format: "xftrace-check",
+        version: 1,
+        conclusion: Conclusion::CouldNotTell,
+        domain: None,
+        memory: None,
+        flow: None,
+        remarks: Vec::new(),
+    };
+    if let Some(image) = &args.image.memory {
+        let known = memory::of_image(&config, args, image)?;
+        let Some(found) = known else {
+            bail!("{}", memory::NO_IMAGE);
+        };
+        checked.memory = Some(found);
+    } else if let Some(dir) = &args.session {
+        let name = args.baseline.clone();
+        let name = name.or_else(|| Enrolment::baseline_of(None, &config));
+        checked.flow = Some(flow::judge(&config, dir, name.as_deref())?);
+    } else {
+        domain(context, &config, args, &mut checked)?;
+    }
+    checked.conclude();
+    let mut out = Stdout::new();
+    if args.json {
+        serde_json::to_writer_pretty(&mut out, &checked).map_err(std::io::Error::from)?;
+        writeln!(out)?;
+    } else {
+        print(&mut out, &checked)?;
+    }
+    Ok(match checked.conclusion {
+        Conclusion::Clean => Exit::Done,
+        Conclusion::Findings => Exit::Findings,
+        Conclusion::CouldNotTell => Exit::Trouble,
+    })
+}
+
+/// A domain's memory, if it runs, and its newest session, if it has one. One that
+/// libvirt does not know any more may still have left sessions.
+fn domain(
+    context: &Context,
+    config: &Config,
+    args: &CheckArgs,
+    checked: &mut Checked,
+) -> anyhow::Result<()> {
+    let known = match &args.domain {
+        Some(typed) => target::known(context, typed),
+        None => Some(target::running(context, config, None)?),
+    };
+    let typed = args.domain.as_deref().unwrap_or_default();
+    let name = known.as_ref().map_or(typed, |domain| &domain.name);
+    checked.domain = Some(name.escape_debug().to_string());
+    // A domain has an id while it runs.
+    match known.as_ref().filter(|domain| domain.id.is_some()) {
+        Some(domain) => {
+            checked.memory = memory::of_domain(config, args, domain)?;
+            if checked.memory.is_none() {
+                checked.remarks.push(memory::NO_IMAGE.to_owned());
+            }
+        }
+        None => checked
+            .remarks
+            .push("the domain does not run: its memory was not looked at".to_owned()),
+    }
+    let sessions = session::list(&session::domain_dir(&config.paths.sessions, name));
+    match sessions.first() {
+        Some(dir) => {
+            let baseline = args.baseline.clone();
+            let baseline = baseline.or_else(|| Enrolment::baseline_of(known.as_ref(), config));
+            checked.flow = Some(flow::judge(config, dir, baseline.as_deref())?);
+        }
+        None => checked.remarks.push(
+            "the domain has no session: its call flow was not looked at ('xftrace on' begins one)"
+                .to_owned(),
+        ),
+    }
+    if checked.memory.is_none() && checked.flow.is_none() {
+        bail!("there is nothing to check: {}", checked.remarks.join("; "));
+    }
+    Ok(())
+}
+
+/// Writes all of it for people.
+fn print(out: &mut impl Write, checked: &Checked) -> std::io::Result<()> {
+    if let Some(memory) = &checked.memory {
+        memory::print(out, memory)?;
+    }
+    if let Some(verdict) = &checked.flow {
+        if checked.memory.is_some() {
+            writeln!(out)?;
+        }
+        flow::print(out, verdict)?;
+    }
+    for remark in &checked.remarks {
+        writeln!(out, "\nnote: {remark}")?;
+    }
+    if checked.memory.is_some() && checked.flow.is_some() {
+        writeln!(out, "\nboth: {}", flow::conclusion(checked.conclusion))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{json, Value};
+
+    use super::*;
+
+    fn names(object: &Value) -> Vec<String> {
+        let mut names: Vec<String> = object
+            .as_object()
+            .expect("an object")
+            .keys()
+            .cloned()
+            .collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn the_schema_describes_what_is_printed() {
+        let schema = include_str!("../../../docs/verdict.schema.json");
+        let schema: Value = serde_json::from_str(schema).expect("a schema");
+        let mut checked = Checked {
+            format: "xftrace-check",
+            version: 1,
+            conclusion: Conclusion::Clean,
+            domain: None,
+            memory: Some(memory::full()),
+            flow: None,
+            remarks: Vec::new(),
+        };
+        checked.conclude();
+        let printed = serde_json::to_value(&checked).expect("JSON");
+        let memory = &printed["memory"];
+        let parts = &schema["$defs"];
+        for (object, described) in [
+            (&printed, &schema),
+            (memory, &parts["memory"]),
+            (&memory["findings"][0], &parts["change"]),
+            (&memory["outcomes"][0], &parts["outcome"]),
+        ] {
+            assert_eq!(names(object), names(&described["properties"]));
+            assert_eq!(described["additionalProperties"], false);
+        }
+        let checks: Vec<Value> = crate::integrity::Check::ALL
+            .iter()
+            .map(|check| json!(check.name()))
+            .collect();
+        assert_eq!(
+            parts["change"]["properties"]["check"]["enum"],
+            json!(checks)
+        );
+        assert_eq!(printed["conclusion"], "findings");
+    }
+
+    #[test]
+    fn the_worse_part_decides() {
+        let mut checked = Checked {
+            format: "xftrace-check",
+            version: 1,
+            conclusion: Conclusion::Clean,
+            domain: None,
+            memory: None,
+            flow: None,
+            remarks: Vec::new(),
+        };
+        checked.conclude();
+        assert_eq!(
+            checked.conclusion,
+            Conclusion::CouldNotTell,
+            "nothing was looked at"
+        );
+        for conclusion in [
+            Conclusion::Clean,
+            Conclusion::CouldNotTell,
+            Conclusion::Findings,
+        ] {
+            let mut memory = memory::full();
+            memory.conclusion = conclusion;
+            checked.memory = Some(memory);
+            checked.conclude();
+            assert_eq!(checked.conclusion, conclusion);
+        }
+    }
+}
