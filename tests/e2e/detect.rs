@@ -5,6 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use serde_json::Value;
 use xftrace::detect::{Conclusion, Rule, Severity, Verdict};
 use xftrace::session::{list, FindingKind, Session};
 use xftrace_lab::{Backing, Domain};
@@ -99,10 +100,13 @@ impl Watched {
             .output()
             .expect("xftrace ran");
         let text = String::from_utf8(output.stdout).expect("text");
-        let verdict = serde_json::from_str(&text).unwrap_or_else(|error| {
-            let said = String::from_utf8_lossy(&output.stderr);
-            panic!("{error}: {text}{said}")
-        });
+        let all = serde_json::from_str(&text).map(|mut all: Value| all["flow"].take());
+        let verdict = all
+            .and_then(serde_json::from_value)
+            .unwrap_or_else(|error| {
+                let said = String::from_utf8_lossy(&output.stderr);
+                panic!("{error}: {text}{said}")
+            });
         (output.status.code().expect("a status"), verdict)
     }
 }

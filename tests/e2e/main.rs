@@ -14,6 +14,7 @@ mod enrolment;
 mod follow;
 mod hook;
 mod image;
+mod integrity;
 mod kaslr;
 mod keys;
 mod lab;

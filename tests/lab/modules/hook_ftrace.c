@@ -8,6 +8,7 @@
 #include <linux/module.h>
 #include <linux/ptrace.h>
 #include <linux/timekeeping.h>
+#include <linux/version.h>
 
 static char hooked[] = "__x64_sys_getdents64";
 static asmlinkage long (*original)(const struct pt_regs *regs);
