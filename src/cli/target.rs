@@ -92,7 +92,7 @@ pub fn newest_session(config: &Config, name: &str) -> anyhow::Result<PathBuf> {
         format!(
             "domain '{}' has no session below {}; 'xftrace on' begins one",
             name.escape_debug(),
-            session::domain_dir(&config.paths.sessions, &name).display()
+            session::domain_dir(&config.paths.sessions, name).display()
         )
     })
 }

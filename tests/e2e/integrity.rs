@@ -2,9 +2,18 @@
 //! benign hook in tests/lab/modules/ is found in it, without anything being
 //! traced.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::time::Duration;
 
+use nix::sys::resource::{getrusage, UsageWho};
+use nix::sys::time::TimeValLike;
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
 use serde_json::Value;
+use xftrace::kernel::{find_all, Gva, Symbols};
+use xftrace::ram::{ImageRam, Layout};
 use xftrace_lab::{Backing, Domain};
 
 use crate::lab::TestGuest;
@@ -37,6 +46,11 @@ const HOOKS: [(&str, &str, &str); 11] = [
     ("hook_hidden", "unowned-code", "0xffffffff"),
 ];
 
+/// Bytes that are changed in a saved image, one in each piece of text.
+const FLIPS: u64 = 200;
+/// What a look at a clean guest of 1 GiB may take of the host's processors.
+const COST: Duration = Duration::from_secs(1);
+
 /// A guest whose kernel the store knows, vmlinuz and all.
 struct Checked {
     guest: TestGuest,
@@ -50,6 +64,7 @@ impl Checked {
         let guest = TestGuest::define_alone(&Domain {
             kernel: kernel.to_owned(),
             backing: Backing::File,
+            memory: 1024,
             ..Domain::new(name)
         });
         let dir = tempfile::tempdir().expect("a directory");
@@ -123,7 +138,12 @@ fn found(verdict: &Value) -> Vec<(String, String, String)> {
 fn each_hook_is_found(name: &str, kernel: &str) {
     let checked = Checked::start(name, kernel);
     let run = |command: &str| checked.guest.run(command).unwrap().success().unwrap();
-    checked.is_clean(checked.live());
+    let before = children();
+    let clean = checked.live();
+    let cost = children().saturating_sub(before);
+    checked.is_clean(clean);
+    println!("{kernel}: a check took {cost:?} of processor time");
+    assert!(cost < COST, "{cost:?}");
     for (module, check, place) in HOOKS {
         run(&format!("insmod /lib/modules/{module}.ko"));
         let (status, verdict) = checked.live();
@@ -165,9 +185,90 @@ fn saved_agrees(checked: &Checked, live: &[(String, String, String)]) {
     ];
     checked.guest.lab().virsh(&dump).unwrap();
     let (status, verdict) = checked.check(&["--memory", file]);
-    std::fs::remove_file(Path::new(file)).expect("a dump");
     assert_eq!(status, 1, "{verdict:#}");
     assert_eq!(found(&verdict), live);
+    each_flipped_byte_is_found(checked, &path, live.len());
+    std::fs::remove_file(path).expect("a dump");
+}
+
+/// The processor time of the commands that were run.
+fn children() -> Duration {
+    let usage = getrusage(UsageWho::RUSAGE_CHILDREN).expect("usage");
+    let used = usage.user_time() + usage.system_time();
+    Duration::from_micros(used.num_microseconds().unsigned_abs())
+}
+
+/// Flips a bit in a byte of each piece of the kernel's text in a saved image, and
+/// looks for each in what is found then.
+fn each_flipped_byte_is_found(checked: &Checked, path: &Path, before: usize) {
+    let map = &checked
+        .guest
+        .lab()
+        .artifacts(checked.guest.kernel())
+        .unwrap()
+        .system_map;
+    let symbols = Symbols::load(map).expect("symbols");
+    let ram = ImageRam::open(path, Layout::flat).expect("an image");
+    let kernel = find_all(&ram, &symbols).expect("a kernel").remove(0);
+    drop(ram);
+    let text = symbols.text();
+    let piece = text.end.wrapping_sub(text.start) / FLIPS;
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .open(path)
+        .expect("a dump");
+    let mut random = StdRng::seed_from_u64(1);
+    let mut flipped = Vec::new();
+    for number in 0..FLIPS {
+        let within = number * piece + random.random_range(0..piece);
+        let link = Gva(text.start.0 + within);
+        let at = offset(&file, kernel.image_gpa(link).0);
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, at).expect("a byte");
+        byte[0] ^= 1 << random.random_range(0..8);
+        file.write_all_at(&byte, at).expect("a byte");
+        flipped.push(kernel.runtime(link).0);
+    }
+    let (status, verdict) = checked.check(&["--memory", path.to_str().expect("a path")]);
+    assert_eq!(status, 1);
+    let findings = verdict["memory"]["findings"].as_array().expect("findings");
+    // A change is told of from the beginning of the place that may be patched.
+    let near = |at: u64| {
+        let told = findings.iter().filter_map(|one| one["address"].as_u64());
+        told.into_iter()
+            .any(|address| address <= at && at - address < 256)
+    };
+    let missed: Vec<String> = flipped
+        .into_iter()
+        .filter(|&at| !near(at))
+        .map(|at| format!("{:?}", symbols.lookup(kernel.link(Gva(at)))))
+        .collect();
+    assert_eq!(missed, Vec::<String>::new());
+    assert!(
+        findings.len() >= FLIPS as usize + before,
+        "{}",
+        findings.len()
+    );
+}
+
+/// Where a guest physical address lies in an ELF dump of a guest's memory.
+fn offset(file: &File, gpa: u64) -> u64 {
+    let mut head = [0; 64];
+    file.read_exact_at(&mut head, 0).expect("a head");
+    let word = |bytes: &[u8], at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
+    let count = u64::from(u16::from_le_bytes([head[56], head[57]]));
+    for number in 0..count {
+        let mut part = [0; 56];
+        let at = word(&head, 32) + number * part.len() as u64;
+        file.read_exact_at(&mut part, at).expect("a program header");
+        let (from, start, length) = (word(&part, 8), word(&part, 24), word(&part, 32));
+        let load = part[0] == 1;
+        if load && (start..start + length).contains(&gpa) {
+            return from + (gpa - start);
+        }
+    }
+    panic!("{gpa:#x} is not in the dump");
 }
 
 #[test]

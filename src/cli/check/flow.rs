@@ -12,7 +12,7 @@ use crate::session::Session;
 pub(super) fn judge(config: &Config, dir: &Path, name: Option<&str>) -> anyhow::Result<Verdict> {
     let baseline = match name {
         Some(name) => {
-            let baseline = Store::at(&config.paths.baselines).load(&name)?;
+            let baseline = Store::at(&config.paths.baselines).load(name)?;
             Some((name, baseline))
         }
         None => None,
