@@ -12,6 +12,7 @@ use object::{
     SymbolSection,
 };
 
+use super::index::{MAX_BANNER, MAX_BUILD_ID};
 use super::kallsyms::{self, Entry};
 use super::Fault;
 
@@ -19,10 +20,6 @@ use super::Fault;
 /// (init/version-timestamp.c).
 const BANNER: &[u8] = b"Linux version ";
 const BANNER_END: &[u8] = b"\n\0";
-const MAX_BANNER: usize = 1024;
-
-/// A build id has 20 bytes, more with other hashes.
-const MAX_BUILD_ID: usize = 64;
 
 type Elf<'a> = ElfFile64<'a, Endianness>;
 

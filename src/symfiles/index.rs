@@ -32,6 +32,12 @@ const FIXED: usize = 24;
 /// Far more than a head has.
 const MAX_HEAD: u32 = 64 << 10;
 
+/// The most that is taken for a banner; the kernel's is shorter.
+pub(super) const MAX_BANNER: usize = 1024;
+
+/// A build id has 20 bytes, more with other hashes.
+pub(super) const MAX_BUILD_ID: usize = 64;
+
 /// What an index says of its kernel.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Head {
@@ -39,13 +45,13 @@ pub struct Head {
     pub kind: Kind,
     /// Of the kernel's ELF note, in hex; a System.map has none.
     pub build_id: Option<String>,
-    /// `linux_banner`, where it is known.
+    /// `linux_banner`, where it is known: printable ASCII.
     pub banner: Option<String>,
     /// Where the banner lies, in bytes from the beginning of the image.
     pub banner_offset: Option<u64>,
     /// How many symbols there are.
     pub symbols: usize,
-    /// The file that it was made from, as it was named then.
+    /// The file that it was made from, as it was named then: printable ASCII.
     pub origin: String,
 }
 
@@ -58,7 +64,7 @@ impl Head {
             banner: known.banner.clone(),
             banner_offset: known.symbols.banner_offset(),
             symbols: known.symbols.len(),
-            origin: origin.escape_debug().to_string(),
+            origin: origin.escape_default().to_string(),
         }
     }
 
@@ -73,6 +79,15 @@ impl Head {
             .read_to_end(&mut bytes)
             .map_err(|_| IndexFault::Damaged)?;
         Ok(split(&bytes)?.0)
+    }
+
+    /// Whether it says what a head that was written here can say. The checksum
+    /// does not tell: an index may be brought along, as any other file.
+    fn is_plausible(&self) -> bool {
+        let banner = |text: &String| text.len() <= MAX_BANNER && is_printable(text);
+        self.build_id.as_deref().is_none_or(is_build_id)
+            && self.banner.as_ref().is_none_or(banner)
+            && is_printable(&self.origin)
     }
 
     /// The kernel's release, the third word of the banner.
@@ -154,6 +169,21 @@ fn split(bytes: &[u8]) -> Result<(Head, &[u8]), IndexFault> {
     if len > MAX_HEAD || crc32fast::hash(head) != field(16)? {
         return Err(IndexFault::Damaged);
     }
-    let head = serde_json::from_slice(head).map_err(|_| IndexFault::Damaged)?;
+    let head: Head = serde_json::from_slice(head).map_err(|_| IndexFault::Damaged)?;
+    if !head.is_plausible() {
+        return Err(IndexFault::Damaged);
+    }
     Ok((head, table))
+}
+
+/// Whether this is a build id in hex. It becomes a file's name, so nothing else
+/// may pass for one.
+pub(super) fn is_build_id(text: &str) -> bool {
+    let hex = |byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
+    text.len() % 2 == 0 && (2..=2 * MAX_BUILD_ID).contains(&text.len()) && text.bytes().all(hex)
+}
+
+/// Whether text can be shown as it is.
+fn is_printable(text: &str) -> bool {
+    text.bytes().all(|byte| matches!(byte, b' '..=b'~'))
 }

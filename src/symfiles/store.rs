@@ -69,7 +69,7 @@ impl Store {
         let (known, kernel) = Known::with_image(file)?;
         let head = Head::new(&known, &file.display().to_string());
         let bytes = index::write(&known, &head);
-        let id = known.build_id.clone().unwrap_or_else(|| digest(&known));
+        let id = id(&known);
         let path = self.dir.join(format!("{id}.{SUFFIX}"));
         let there = path.exists();
         // The index last: what is listed is whole.
@@ -228,9 +228,38 @@ fn head(path: &Path) -> Result<Head, SymfileError> {
     })
 }
 
+/// What a kernel is called: by its build id, as long as that can be no path.
+fn id(known: &Known) -> String {
+    let build_id = known.build_id.clone().filter(|id| index::is_build_id(id));
+    build_id.unwrap_or_else(|| digest(known))
+}
+
 /// What a kernel without a build id is called.
 fn digest(known: &Known) -> String {
     let digest = Sha256::digest(known.symbols.to_table());
     let bytes = digest.iter().take(DIGEST);
     bytes.map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_build_id_never_becomes_a_name() {
+        let text =
+            "ffffffff81000000 T _text\nffffffff81000010 T _stext\nffffffff81100000 T _etext\n";
+        let mut known = Known::parse(text.into()).unwrap();
+        let digest = id(&known);
+        for bad in ["", "../../etc/cron", "/etc/x", "5A5A", "5a5", "5a 5"] {
+            known.build_id = Some(bad.to_owned());
+            assert_eq!(id(&known), digest, "{bad:?}");
+        }
+        for good in ["5a".to_owned(), "5a".repeat(64)] {
+            known.build_id = Some(good.clone());
+            assert_eq!(id(&known), good);
+        }
+        known.build_id = Some("5a".repeat(65));
+        assert_eq!(id(&known), digest);
+    }
 }

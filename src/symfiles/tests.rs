@@ -302,6 +302,50 @@ fn the_store_keeps_lists_and_removes() {
     assert_eq!(left.count(), 0);
 }
 
+/// Whoever can write an index can get its checksums right.
+#[test]
+fn an_index_that_lies_of_itself_is_refused() {
+    let known = Known::parse(elf(any_style())).unwrap();
+    let good = Head::new(&known, "/boot/vmlinux");
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::at(&dir.path().join("store"));
+    let file = dir.path().join("index");
+    let add = |head: &Head| {
+        std::fs::write(&file, index::write(&known, head)).unwrap();
+        store.add(&file)
+    };
+    let with = |change: &dyn Fn(&mut Head)| {
+        let mut head = good.clone();
+        change(&mut head);
+        head
+    };
+    let id = |id: &str| with(&|head| head.build_id = Some(id.to_owned()));
+    let outside = dir.path().join("outside");
+    for bad in [
+        id(""),
+        id("../outside"),
+        id(outside.to_str().unwrap()),
+        id("5A5A"),
+        id("5a5"),
+        id(&"5a".repeat(65)),
+        with(&|head| head.banner = Some("Linux version 6.1\x1b[2J".to_owned())),
+        with(&|head| head.banner = Some("Linux version 6.1\nerror: x".to_owned())),
+        with(&|head| head.banner = Some("L".repeat(2000))),
+        with(&|head| head.origin = "/boot/\u{202e}x".to_owned()),
+    ] {
+        let told = add(&bad).expect_err("refused").to_string();
+        assert!(told.contains("damaged"), "{bad:?}: {told}");
+    }
+    let mut left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().flatten().collect();
+    left.retain(|entry| entry.file_name() != "index");
+    assert!(left.is_empty(), "{left:?}");
+
+    // What is written here passes, whatever the file was called.
+    add(&Head::new(&known, "/\x1b[2J/\u{fc}\n\\")).unwrap();
+    let (stored, _) = store.list().unwrap();
+    assert_eq!(stored.len(), 1);
+}
+
 /// An index of a large kernel is read faster than its System.map, and quickly.
 #[test]
 fn an_index_of_400_000_symbols_loads_quickly() {
