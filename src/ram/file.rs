@@ -14,7 +14,7 @@ use nix::sys::statfs::{fstatfs, HUGETLBFS_MAGIC};
 use nix::unistd::{lseek64, Whence};
 
 use super::sigbus::Watch;
-use super::{volatile, Access, Gpa, GuestRam, Layout, RamError};
+use super::{volatile, Access, Gpa, GuestRam, Layout, RamError, PAGE_SIZE};
 
 /// Which file it is, whatever name it goes by: to compare what was opened
 /// with what `/proc/<qemu>/maps` says QEMU has mapped.
@@ -165,7 +165,8 @@ impl Backing {
         let mut bytes =
             usize::try_from(need).map_err(|error| failed(&path, io::Error::other(error)))?;
         let mut options = MmapOptions::new();
-        if let Some(page) = huge_page(&file) {
+        let huge = huge_page(&file);
+        if let Some(page) = huge {
             // A part of a huge page can be mapped, and never unmapped.
             bytes = bytes.next_multiple_of(page);
             // They are QEMU's to reserve; where it has not, neither have we.
@@ -181,7 +182,7 @@ impl Backing {
         // effort: a kernel that refuses changes nothing else.
         let _ = map.advise(Advice::DontDump);
         Ok(Self {
-            watch: Watch::new(map.as_ptr(), bytes),
+            watch: Watch::new(map.as_ptr(), bytes, huge.unwrap_or(PAGE_SIZE as usize)),
             map,
             file,
             path,

@@ -14,28 +14,34 @@
 use std::ffi::{c_int, c_void};
 use std::mem::MaybeUninit;
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use nix::libc;
 
-/// One registered mapping. Slots are made once and reused, never freed: the
-/// handler may walk the list at any moment, and must not lock.
+/// One registered mapping. A slot is made for each, and neither freed nor used
+/// again: the handler may walk the list at any moment and must not lock, and so
+/// never finds the start of one mapping with the length of another. A process
+/// maps the memory of a few guests in its life.
 struct Slot {
-    /// First address; 0 in a free slot.
-    start: AtomicUsize,
+    /// First address.
+    start: usize,
     /// Length in bytes.
-    len: AtomicUsize,
+    len: usize,
+    /// The size of its pages, in bytes.
+    page: usize,
+    /// Cleared when the mapping is given up.
+    live: AtomicBool,
     /// Set by the handler.
     lost: AtomicBool,
-    /// The next slot of the list; written before the slot is published.
-    next: AtomicPtr<Slot>,
+    /// The next slot of the list.
+    next: Option<&'static Slot>,
 }
 
 /// The list of slots, newest first.
 static SLOTS: AtomicPtr<Slot> = AtomicPtr::new(ptr::null_mut());
 
-/// Held while slots are given out or taken back; the handler does not need it.
+/// Held while a slot is added; the handler does not need it.
 static CHANGING: Mutex<()> = Mutex::new(());
 
 /// What `SIGBUS` did before us; `None` if that could not be found out.
@@ -50,18 +56,23 @@ pub(super) struct Watch {
 }
 
 impl Watch {
-    /// Watches `[start, start + len)`, a live mapping.
-    pub(super) fn new(start: *const u8, len: usize) -> Self {
+    /// Watches `[start, start + len)`, a live mapping with pages of `page`
+    /// bytes, a power of two.
+    pub(super) fn new(start: *const u8, len: usize, page: usize) -> Self {
         install();
         let _guard = lock();
-        let slot = slots()
-            .find(|slot| slot.start.load(Ordering::Relaxed) == 0)
-            .unwrap_or_else(add_slot);
-        slot.lost.store(false, Ordering::Relaxed);
-        slot.len.store(len, Ordering::Relaxed);
-        // Last, with release: a handler that sees the start sees the rest.
-        slot.start
-            .store(start.expose_provenance(), Ordering::Release);
+        let slot: *mut Slot = Box::leak(Box::new(Slot {
+            start: start.expose_provenance(),
+            len,
+            page,
+            live: AtomicBool::new(true),
+            lost: AtomicBool::new(false),
+            next: newest(),
+        }));
+        // With release: a handler that finds the slot finds what is in it.
+        SLOTS.store(slot, Ordering::Release);
+        // SAFETY: just leaked, so it lives for ever; shared use only from here on.
+        let slot = unsafe { &*slot };
         Self { slot }
     }
 
@@ -73,8 +84,7 @@ impl Watch {
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        let _guard = lock();
-        self.slot.start.store(0, Ordering::Release);
+        self.slot.live.store(false, Ordering::Release);
     }
 }
 
@@ -83,28 +93,16 @@ fn lock() -> MutexGuard<'static, ()> {
     CHANGING.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// All slots, free ones too. Lock-free, so fit for the handler.
-fn slots() -> impl Iterator<Item = &'static Slot> {
-    let mut at = SLOTS.load(Ordering::Acquire);
-    std::iter::from_fn(move || {
-        // SAFETY: the list holds only null and pointers from `Box::leak`.
-        let slot: &'static Slot = unsafe { at.as_ref() }?;
-        at = slot.next.load(Ordering::Acquire);
-        Some(slot)
-    })
+/// The slot that was added last.
+fn newest() -> Option<&'static Slot> {
+    // SAFETY: null, or from `Box::leak` and never freed; nothing but the atomics
+    // of a slot changes once it is here.
+    unsafe { SLOTS.load(Ordering::Acquire).as_ref() }
 }
 
-/// Puts a free slot in front of the list. The caller holds the lock.
-fn add_slot() -> &'static Slot {
-    let slot: *mut Slot = Box::leak(Box::new(Slot {
-        start: AtomicUsize::new(0),
-        len: AtomicUsize::new(0),
-        lost: AtomicBool::new(false),
-        next: AtomicPtr::new(SLOTS.load(Ordering::Relaxed)),
-    }));
-    SLOTS.store(slot, Ordering::Release);
-    // SAFETY: just leaked, so it lives for ever; shared use only from here on.
-    unsafe { &*slot }
+/// All slots, also of mappings that are gone. Lock-free, so fit for the handler.
+fn slots() -> impl Iterator<Item = &'static Slot> {
+    std::iter::successors(newest(), |slot| slot.next)
 }
 
 /// Installs the handler, once in the life of the process.
@@ -147,27 +145,28 @@ extern "C" fn on_sigbus(_signal: c_int, info: *mut libc::siginfo_t, _context: *m
 
 /// Replaces the watched mapping that `fault` lies in; false if there is none.
 fn contain(fault: usize) -> bool {
-    let hit = slots().find_map(|slot| {
-        let start = slot.start.load(Ordering::Acquire);
-        let len = slot.len.load(Ordering::Relaxed);
-        (start != 0 && fault >= start && fault - start < len).then_some((slot, start, len))
-    });
-    let Some((slot, start, len)) = hit else {
+    let within = |slot: &&Slot| {
+        let live = slot.live.load(Ordering::Acquire);
+        live && fault >= slot.start && fault - slot.start < slot.len
+    };
+    let Some(slot) = slots().find(within) else {
         return false;
     };
     slot.lost.store(true, Ordering::Release);
     // The whole mapping, so that nobody mixes zeros with what is left. Where
-    // the system has no room for that much, at least the page that faulted.
-    let page = fault & !(super::PAGE_SIZE as usize - 1);
-    zero_pages(start, len) || zero_pages(page, super::PAGE_SIZE as usize)
+    // the system has no room for that much, at least the page that faulted: all
+    // of it, for a huge page cannot be replaced in part.
+    let page = fault & !(slot.page - 1);
+    zero_pages(slot.start, slot.len) || zero_pages(page, slot.page)
 }
 
 /// Maps zero pages over `[start, start + len)`.
 fn zero_pages(start: usize, len: usize) -> bool {
-    // SAFETY: the range lies in a watched mapping, which nobody unmaps while
-    // it is watched and to which no reference exists; MAP_FIXED swaps it
-    // atomically. The thread that faulted was reading or writing through raw
-    // pointers and finds valid memory at the same address.
+    // SAFETY: the range lies in a watched mapping: start and length are of one
+    // slot, hence of one mapping, and never change. Nobody unmaps it before it is
+    // dropped, which nobody does who is reading or writing there, as the thread
+    // that faulted is. No reference to it exists; MAP_FIXED swaps it atomically.
+    // The thread used raw pointers and finds valid memory at the same address.
     let mapped = unsafe {
         libc::mmap(
             ptr::with_exposed_provenance_mut(start),
@@ -233,30 +232,49 @@ mod tests {
     #[test]
     fn a_truncated_mapping_becomes_zeros_and_is_told() {
         let map = truncated(4);
-        let watch = Watch::new(map.as_ptr(), 4 * 4096);
-        let other = Watch::new(ptr::null::<u8>().wrapping_add(0x1000), 4096);
+        let watch = Watch::new(map.as_ptr(), 4 * 4096, 4096);
+        let other = Watch::new(ptr::null::<u8>().wrapping_add(0x1000), 4096, 4096);
         assert!(!watch.lost());
         // SAFETY: inside the mapping; that it faults is the point.
         let seen = unsafe { ptr::read_volatile(map.as_ptr().add(4096 * 2 + 5)) };
         assert_eq!(seen, 0);
         assert!(watch.lost());
         assert!(!other.lost());
-        // A slot is given out clean again.
-        drop(watch);
-        let _rest: Vec<_> = (0..8)
-            .map(|i| {
-                let watch = Watch::new(ptr::null::<u8>().wrapping_add(0x2000 + i), 1);
-                assert!(!watch.lost());
-                watch
-            })
-            .collect();
+    }
+
+    /// The handler may have found the first mapping just before it went.
+    #[test]
+    fn a_slot_stands_for_one_mapping_only() {
+        let place = ptr::null::<u8>().wrapping_add(0x1000);
+        let first = Watch::new(place, 4096, 4096);
+        let slot = first.slot;
+        drop(first);
+        assert!(!slots().any(|slot| slot.live.load(Ordering::Relaxed) && slot.start == 0x1000));
+        let larger = Watch::new(place, 1 << 30, 4096);
+        assert!(!ptr::eq(larger.slot, slot));
+        assert_eq!((slot.start, slot.len), (0x1000, 4096));
+        assert!(!larger.lost());
+    }
+
+    /// A start that is not on a page cannot be mapped, as where there is no room.
+    #[test]
+    fn where_not_all_can_be_replaced_a_whole_page_is() {
+        let map = truncated(8);
+        let page = map.as_ptr().addr().next_multiple_of(4 * 4096);
+        let watch = Watch::new(map.as_ptr().wrapping_add(8), 8 * 4096 - 8, 4 * 4096);
+        // SAFETY: inside the mapping; that it faults is the point.
+        let seen = unsafe { ptr::read_volatile(map.as_ptr().with_addr(page + 2 * 4096 + 5)) };
+        assert!(seen == 0 && watch.lost());
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let zeros = format!("{page:x}-{:x} rw-p", page + 4 * 4096);
+        assert!(maps.contains(&zeros), "no {zeros} in {maps}");
     }
 
     #[test]
     fn a_fault_elsewhere_still_kills() {
         if let Ok(how) = std::env::var(VICTIM) {
             let map = truncated(1);
-            let _watch = Watch::new(map.as_ptr().wrapping_add(4096), 4096);
+            let _watch = Watch::new(map.as_ptr().wrapping_add(4096), 4096, 4096);
             match how.as_str() {
                 // SAFETY: inside the mapping, which is not under watch.
                 "fault" => unsafe { ptr::read_volatile(map.as_ptr()) },
