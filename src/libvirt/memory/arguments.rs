@@ -101,13 +101,16 @@ impl Arguments {
 
     fn device(&mut self, device: &Properties) {
         let driver = device.get("driver").or_else(|| device.get(BARE));
-        let Some(driver) = driver else { return };
-        // `ivshmem-plain` has a memdev too, which is no RAM.
-        let is_module = ["pc-dimm", "nvdimm", "virtio-mem", "virtio-pmem"]
-            .iter()
-            .any(|module| driver.starts_with(module));
-        if let Some(id) = device.get("memdev").filter(|_| is_module) {
-            let address = device.get("addr").and_then(|text| number(text));
+        // `ivshmem-plain` has a memdev too, which is no RAM, and virtio-pmem is a
+        // disk. A virtio device's `addr` is its place on the PCI bus
+        // (hw/virtio/virtio-mem.c, hw/mem/pc-dimm.c).
+        let key = match driver.map(String::as_str) {
+            Some("pc-dimm" | "nvdimm") => "addr",
+            Some("virtio-mem" | "virtio-mem-pci") => "memaddr",
+            _ => return,
+        };
+        if let Some(id) = device.get("memdev") {
+            let address = device.get(key).and_then(|text| number(text));
             self.modules.push((id.clone(), address));
         }
     }
@@ -382,6 +385,41 @@ mod tests {
         let modules = all.modules();
         assert_eq!((modules.len(), modules[0].1), (1, Some(4 << 30)));
         assert_eq!(modules[0].0.id, "memdimm0");
+    }
+
+    /// As libvirt 9 writes them: `addr` is a slot of the PCI bus here.
+    #[test]
+    fn a_virtio_device_is_not_where_its_pci_slot_is() {
+        let object =
+            |id: &str| format!(r#"{{"qom-type":"memory-backend-ram","id":"{id}","size":1048576}}"#);
+        let mut words = Vec::new();
+        for (id, device) in [
+            (
+                "a",
+                r#""driver":"virtio-mem-pci","node":0,"block-size":2097152,"requested-size":0,"memaddr":5637144576,"#,
+            ),
+            (
+                "b",
+                r#""driver":"virtio-mem-pci","node":0,"block-size":2097152,"requested-size":0,"#,
+            ),
+            ("c", r#""driver":"virtio-pmem-pci","#),
+        ] {
+            words.extend(["-object".to_owned(), object(id), "-device".to_owned()]);
+            words.push(format!(
+                r#"{{{device}"memdev":"{id}","id":"v{id}","bus":"pci.0","addr":"0x6"}}"#
+            ));
+        }
+        let all = Arguments::of(&words).unwrap();
+        let found: Vec<(String, Option<u64>)> = all
+            .modules()
+            .into_iter()
+            .map(|(part, at)| (part.id, at))
+            .collect();
+        let expected = [
+            ("a".to_owned(), Some(5_637_144_576)),
+            ("b".to_owned(), None),
+        ];
+        assert_eq!(found, expected);
     }
 
     #[test]
