@@ -13,7 +13,7 @@ use object::{
 };
 
 use super::index::{MAX_BANNER, MAX_BUILD_ID};
-use super::kallsyms::{self, Entry};
+use super::kallsyms::{self, Entry, MAX_SYMBOLS, MAX_TEXT};
 use super::Fault;
 
 /// What a kernel says of itself first, and what ends it
@@ -44,7 +44,7 @@ pub(super) fn read(bytes: &[u8]) -> Result<ElfKernel, Fault> {
     if elf.elf_header().e_machine(elf.endian()) != EM_X86_64 {
         return Err(Fault::Machine);
     }
-    let mut symbols = from_symtab(&elf);
+    let mut symbols = from_symtab(&elf, MAX_SYMBOLS, MAX_TEXT)?;
     let complete = |name: &str| symbols.iter().any(|symbol| symbol.2 == name);
     let from_symtab = ["_text", "_stext", "_etext"]
         .iter()
@@ -63,8 +63,9 @@ pub(super) fn read(bytes: &[u8]) -> Result<ElfKernel, Fault> {
     })
 }
 
-/// The symbols that `nm` would list and System.map keeps (scripts/mksysmap).
-fn from_symtab(elf: &Elf<'_>) -> Vec<Entry> {
+/// The symbols that `nm` would list and System.map keeps (scripts/mksysmap): at
+/// most so many, with so many bytes of names.
+fn from_symtab(elf: &Elf<'_>, most: usize, most_text: usize) -> Result<Vec<Entry>, Fault> {
     let wanted = |symbol: &object::read::elf::ElfSymbol64<'_, '_, Endianness>| {
         let kind = kind(elf, symbol)?;
         let name = symbol.name().ok()?;
@@ -73,7 +74,16 @@ fn from_symtab(elf: &Elf<'_>) -> Vec<Entry> {
             && !LEFT_OUT.iter().any(|start| name.starts_with(start));
         fits.then(|| (symbol.address(), kind, name.to_owned()))
     };
-    elf.symbols().filter_map(|symbol| wanted(&symbol)).collect()
+    let (mut all, mut text) = (Vec::new(), 0);
+    for entry in elf.symbols().filter_map(|symbol| wanted(&symbol)) {
+        // Many may share the bytes of one name.
+        text += entry.2.len();
+        if all.len() == most || text > most_text {
+            return Err(Fault::TooManySymbols);
+        }
+        all.push(entry);
+    }
+    Ok(all)
 }
 
 /// The letter that `nm` uses.
@@ -146,4 +156,64 @@ fn banner(elf: &Elf<'_>, bytes: &[u8], symbols: &[Entry]) -> Option<String> {
             .take(64)
             .find_map(|at| read(bytes.get(at..)?))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An ELF file with so many functions, all of one name.
+    fn elf(count: usize, name: &str) -> Vec<u8> {
+        let strings = format!("\0{name}\0").into_bytes();
+        let mut symbol = 1u32.to_le_bytes().to_vec();
+        symbol.extend([0x12, 0, 1, 0]);
+        symbol.extend(0xffff_ffff_8100_0000u64.to_le_bytes());
+        symbol.extend(0u64.to_le_bytes());
+        let symbols = symbol.repeat(count);
+        let section = |kind: u32, flags: u64, at: usize, len: usize, link: u32, size: u64| {
+            let mut header = 0u32.to_le_bytes().to_vec();
+            header.extend(kind.to_le_bytes());
+            for word in [flags, 0, at as u64, len as u64] {
+                header.extend(word.to_le_bytes());
+            }
+            header.extend(link.to_le_bytes());
+            header.extend(0u32.to_le_bytes());
+            header.extend(8u64.to_le_bytes());
+            header.extend(size.to_le_bytes());
+            header
+        };
+        let strings_at = 64 + 4 * 64;
+        let symbols_at = (strings_at + strings.len()).next_multiple_of(8);
+        let mut elf = b"\x7fELF\x02\x01\x01".to_vec();
+        elf.resize(16, 0);
+        elf.extend([2, 0, 62, 0, 1, 0, 0, 0]);
+        for word in [0u64, 0, 64] {
+            elf.extend(word.to_le_bytes());
+        }
+        elf.extend(0u32.to_le_bytes());
+        for half in [64u16, 56, 0, 64, 4, 3] {
+            elf.extend(half.to_le_bytes());
+        }
+        elf.extend(section(0, 0, 0, 0, 0, 0));
+        elf.extend(section(1, 6, 64, 0, 0, 0));
+        elf.extend(section(2, 0, symbols_at, symbols.len(), 3, 24));
+        elf.extend(section(3, 0, strings_at, strings.len(), 0, 0));
+        elf.extend(strings);
+        elf.resize(symbols_at, 0);
+        elf.extend(symbols);
+        elf
+    }
+
+    #[test]
+    fn no_more_symbols_are_taken_than_a_kernel_has() {
+        let read = |most, most_text| {
+            let bytes = elf(1001, "function");
+            let all = from_symtab(&Elf::parse(&bytes[..]).unwrap(), most, most_text);
+            all.map(|all| all.len())
+        };
+        // The first of a table stands for none.
+        assert_eq!(read(1000, 8000), Ok(1000));
+        assert_eq!(read(999, 8000), Err(Fault::TooManySymbols));
+        assert_eq!(read(1000, 7999), Err(Fault::TooManySymbols));
+    }
 }

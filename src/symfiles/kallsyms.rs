@@ -37,7 +37,11 @@ const BLOCK: usize = 256;
 
 /// Fewer and more symbols than any kernel has.
 const MIN_SYMBOLS: usize = 64;
-const MAX_SYMBOLS: usize = 4 << 20;
+pub(super) const MAX_SYMBOLS: usize = 4 << 20;
+
+/// The most bytes that all names together have. A kernel's have some 10 MiB; a
+/// few bytes of an image can stand for a thousand.
+pub(super) const MAX_TEXT: usize = 256 << 20;
 
 /// How far before the tokens the names may begin.
 const MAX_NAMES: usize = 128 << 20;
@@ -78,6 +82,9 @@ pub(super) fn read(image: &[u8]) -> Result<Kallsyms, Fault> {
         let Some(addresses) = find_addresses(image, &tokens, &names) else {
             continue;
         };
+        if text_len(image, &tokens, &names).is_none_or(|len| len > MAX_TEXT) {
+            return Err(Fault::TooManySymbols);
+        }
         let symbols = names
             .ranges
             .iter()
@@ -278,6 +285,18 @@ fn addresses(offsets: &[i32], base: u64) -> Vec<u64> {
         (false, offset) => base.wrapping_add(offset),
     };
     offsets.iter().map(address).collect()
+}
+
+/// How many bytes all names together stand for.
+fn text_len(image: &[u8], tokens: &Tokens<'_>, names: &Names) -> Option<usize> {
+    let packed = names.ranges.iter().map(|range| image.get(range.clone()));
+    let mut all = 0usize;
+    for name in packed {
+        for &byte in name? {
+            all = all.checked_add(tokens.list.get(usize::from(byte))?.len())?;
+        }
+    }
+    Some(all)
 }
 
 /// The name that packed bytes stand for; its first letter is the kind.

@@ -129,6 +129,9 @@ pub enum Fault {
     /// An ELF file for another processor.
     #[error("it is not for x86-64")]
     Machine,
+    /// Symbols, or names of them, that no kernel has.
+    #[error("it has more symbols, or longer names of them, than any kernel has")]
+    TooManySymbols,
     /// Neither a symbol table nor the kernel's own list.
     #[error(
         "it has no symbol table, and the kernel's own list of symbols (kallsyms) is not in it as \

@@ -32,10 +32,11 @@ fn align(out: &mut Vec<u8>) {
 
 /// The tables, after `before` bytes of something else.
 pub(in crate::symfiles) fn image(symbols: &[Entry], style: Style, before: usize) -> Vec<u8> {
-    // Token 1 stands for a pair of letters, all graphic ones for themselves,
+    // Token 1 stands for a pair of letters, 2 for many, all graphic ones for themselves,
     // and the rest, the first of all included, for nothing.
     let token = |byte: u8| match byte {
         1 => b"sy".to_vec(),
+        2 => b"x".repeat(500),
         b'!'..=b'~' => vec![byte],
         _ => Vec::new(),
     };
@@ -62,7 +63,9 @@ pub(in crate::symfiles) fn image(symbols: &[Entry], style: Style, before: usize)
         if number % BLOCK == 0 {
             markers.push((out.len() - start) as u32);
         }
-        let text = format!("{}{name}", char::from(*kind)).replace("sy", "\x01");
+        let text = format!("{}{name}", char::from(*kind))
+            .replace("sy", "\x01")
+            .replace(&"x".repeat(500), "\x02");
         match text.len() {
             len @ 0x80.. if style.long => out.extend([0x80 | (len & 0x7f) as u8, (len >> 7) as u8]),
             len => out.push(u8::try_from(len).unwrap()),
@@ -144,6 +147,24 @@ fn what_does_not_agree_is_no_table() {
     // Out of order.
     assert!(broken(places[1].1 + 4 * 500 + 2).contains("no list of addresses"));
     assert!(read(b"").is_err());
+}
+
+/// Three bytes of the image for each name of a thousand.
+#[test]
+fn names_that_unpack_to_more_than_any_kernel_has_are_refused() {
+    let style = styles().next().unwrap();
+    let all = |count: u64| -> Vec<Entry> {
+        let name = "x".repeat(1000);
+        (0..count)
+            .map(|i| (BASE + i * 16, b't', name.clone()))
+            .collect()
+    };
+    assert_eq!(
+        read(&image(&all(1000), style, 0)).unwrap().symbols.len(),
+        1000
+    );
+    let large = image(&all(MAX_TEXT as u64 / 1000), style, 0);
+    assert_eq!(read(&large).unwrap_err(), Fault::TooManySymbols);
 }
 
 #[test]
