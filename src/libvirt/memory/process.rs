@@ -5,6 +5,7 @@ use std::io;
 use std::path::Path;
 
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+use nix::unistd::{Uid, User};
 use rustix::process::{pidfd_open, Pid, PidfdFlags};
 use std::os::fd::{AsFd, OwnedFd};
 use uuid::Uuid;
@@ -19,8 +20,16 @@ pub(super) struct Found {
     pub(super) arguments: Vec<String>,
 }
 
+/// Whom libvirt's packages run QEMU as: Debian's and Ubuntu's, and Fedora's.
+const USERS: [&str; 2] = ["libvirt-qemu", "qemu"];
+
 /// Finds the QEMU process of a domain: the one that libvirt's PID file names,
 /// else the only one that was started with the domain's UUID.
+///
+/// A command line proves nothing: everybody can give a process any. The PID file
+/// is libvirt's own. Where there is none, only processes of users count that
+/// libvirt may have started QEMU as, so that nobody else can pass one off for a
+/// domain's, or keep a domain's from being found.
 pub(super) fn find(
     proc: &Path,
     domain: &DomainXml,
@@ -41,7 +50,8 @@ pub(super) fn find(
         let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else {
             continue;
         };
-        all.extend(look(proc, pid, domain.uuid)?);
+        let found = look(proc, pid, domain.uuid)?;
+        all.extend(found.filter(|_| may_be_libvirts(&proc.join(name), domain)));
     }
     match (all.pop(), all.len()) {
         (Some(only), 0) => Ok(only),
@@ -134,6 +144,38 @@ fn is_qemu_of(arguments: &[String], uuid: Uuid) -> bool {
     let mut pairs = arguments.iter().zip(arguments.iter().skip(1));
     (program.contains("qemu") || program.contains("kvm"))
         && pairs.any(|(option, value)| option == "-uuid" && Uuid::try_parse(value) == Ok(uuid))
+}
+
+/// Whether libvirt may have started this process: root, or whoever runs this,
+/// owns it, or the user that runs the domain's QEMU.
+///
+/// Every user id counts but that of the file system: a setuid program has its
+/// caller's as the real one.
+fn may_be_libvirts(dir: &Path, domain: &DomainXml) -> bool {
+    let status = fs::read_to_string(dir.join("status")).unwrap_or_default();
+    let Some(ids) = status.lines().find_map(|line| line.strip_prefix("Uid:")) else {
+        return false;
+    };
+    let mut ids = ids.split_ascii_whitespace().take(3).peekable();
+    let known = users(domain);
+    let is_known = |id: &str| id.parse().is_ok_and(|id| known.contains(&id));
+    ids.peek().is_some() && ids.all(is_known)
+}
+
+/// The users that a domain's QEMU may run as.
+fn users(domain: &DomainXml) -> Vec<u32> {
+    let by_name = |name: &str| Some(User::from_name(name).ok()??.uid.as_raw());
+    let mut all = vec![0, Uid::effective().as_raw()];
+    match domain.qemu_user.as_deref() {
+        // `+` keeps a number from being taken for a name (virGetUserID,
+        // src/util/virutil.c).
+        Some(user) => all.extend(match user.strip_prefix('+') {
+            Some(id) => id.parse().ok(),
+            None => by_name(user).or_else(|| user.parse().ok()),
+        }),
+        None => all.extend(USERS.iter().filter_map(|name| by_name(name))),
+    }
+    all
 }
 
 /// Field 22 of /proc/PID/stat. The second field, the command's name in

@@ -6,6 +6,7 @@ use std::os::unix::fs::{symlink, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use nix::sys::stat::{major, minor};
+use nix::unistd::Uid;
 
 use super::*;
 
@@ -30,6 +31,7 @@ impl Host {
         symlink("/", proc.join("root")).unwrap();
         let stat = "1 (qemu (x) y) S 1 1 1 0 -1 4194560 1 1 0 0 1 1 0 0 20 0 3 0 4711 1 1";
         fs::write(proc.join("stat"), stat).unwrap();
+        fs::write(proc.join("status"), "Name:\tqemu\nUid:\t0\t0\t0\t0\n").unwrap();
         host.set_size(SIZE);
         host.set_arguments(&host.arguments("true"));
         host.map(SIZE, "rw-s", "");
@@ -96,10 +98,15 @@ impl Host {
     }
 
     /// With these devices in the domain's XML.
-    fn find_with(&self, devices: &str) -> Result<Backing, MemoryError> {
+    fn find_devices(&self, devices: &str) -> Result<Backing, MemoryError> {
+        self.find_with(&format!("<devices>{devices}</devices>"))
+    }
+
+    /// With this in the domain's XML.
+    fn find_with(&self, more: &str) -> Result<Backing, MemoryError> {
         let domain = DomainXml::parse(&format!(
-            "<domain id='1'><name>web1</name><uuid>{UUID}</uuid><memory>1024</memory>\
-             <devices>{devices}</devices></domain>"
+            "<domain id='1'><name>web1</name><uuid>{UUID}</uuid><memory>1024</memory>{more}\
+             </domain>"
         ))
         .unwrap();
         find_in(&self.path("proc"), &domain, &self.path("run"))
@@ -156,7 +163,7 @@ fn of_several_processes_the_pid_file_tells_the_right_one() {
         .unwrap();
     let second = host.path("proc").join(child.id().to_string());
     fs::create_dir_all(&second).unwrap();
-    for name in ["cmdline", "stat"] {
+    for name in ["cmdline", "stat", "status"] {
         fs::copy(
             host.path("proc").join(&host.pid).join(name),
             second.join(name),
@@ -173,6 +180,72 @@ fn of_several_processes_the_pid_file_tells_the_right_one() {
     child.kill().unwrap();
     child.wait().unwrap();
     assert_eq!(host.find().unwrap().qemu.pid.to_string(), host.pid);
+}
+
+/// Whoever may start a process can give it a QEMU's command line.
+#[test]
+fn a_process_of_anybody_is_not_taken_for_libvirts() {
+    const OTHER: u32 = 4_000_000_000;
+    let host = Host::new();
+    let owned = |uids: [u32; 4]| {
+        let ids = uids.map(|id| id.to_string()).join("\t");
+        let status = host.path("proc").join(&host.pid).join("status");
+        fs::write(
+            status,
+            format!("Name:\tqemu\nUid:\t{ids}\nGid:\t0\t0\t0\t0\n"),
+        )
+        .unwrap();
+    };
+    let label = format!("<seclabel model='dac'><label>+{OTHER}:+1</label></seclabel>");
+    // Of a setuid program too, and of one that gave its rights up.
+    for uids in [
+        [OTHER; 4],
+        [OTHER, 0, 0, 0],
+        [0, OTHER, OTHER, 0],
+        [0, 0, OTHER, 0],
+    ] {
+        owned(uids);
+        let error = host.error();
+        assert!(
+            matches!(error, MemoryError::NotRunning { .. }),
+            "{uids:?}: {error}"
+        );
+        host.find_with(&label).unwrap();
+    }
+    let pid_file = host.path("run/web1.pid");
+    fs::write(&pid_file, &host.pid).unwrap();
+    host.find().unwrap();
+    fs::remove_file(&pid_file).unwrap();
+
+    owned([Uid::effective().as_raw(); 4]);
+    let mut child = std::process::Command::new("sleep")
+        .arg("60")
+        .spawn()
+        .unwrap();
+    let second = host.path("proc").join(child.id().to_string());
+    fs::create_dir_all(&second).unwrap();
+    for name in ["cmdline", "stat"] {
+        fs::copy(
+            host.path("proc").join(&host.pid).join(name),
+            second.join(name),
+        )
+        .unwrap();
+    }
+    for status in [
+        "",
+        "Uid:\n",
+        "Uid:\tx\t0\t0\t0\n",
+        "Uid:\t4000000000\t0\t0\t0\n",
+    ] {
+        fs::write(second.join("status"), status).unwrap();
+        assert_eq!(
+            host.find().unwrap().qemu.pid.to_string(),
+            host.pid,
+            "{status:?}"
+        );
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
 }
 
 /// A QEMU whose RAM is the only backend, of this kind, with these mappings.
@@ -388,7 +461,7 @@ fn a_dimm_that_was_plugged_in_since_is_looked_for_beside_the_rest() {
     let known = dimm("dimm0", "base='0x100000000'");
     // libvirt says so, and QEMU does not have it mapped.
     fs::write(host.path("ram/dimm0"), [0; SIZE as usize]).unwrap();
-    let error = host.find_with(&known).expect_err("found");
+    let error = host.find_devices(&known).expect_err("found");
     assert!(matches!(error, MemoryError::NotMapped { .. }), "{error}");
 
     let maps = host.path("proc").join(&host.pid).join("maps");
@@ -401,7 +474,7 @@ fn a_dimm_that_was_plugged_in_since_is_looked_for_beside_the_rest() {
         host.path("ram/dimm0").display(),
     );
     fs::write(&maps, fs::read_to_string(&maps).unwrap() + &line).unwrap();
-    let backing = host.find_with(&known).unwrap();
+    let backing = host.find_devices(&known).unwrap();
     let [(part, base)] = &backing.modules[..] else {
         panic!("{backing:?}")
     };
@@ -417,7 +490,7 @@ fn a_dimm_that_was_plugged_in_since_is_looked_for_beside_the_rest() {
         dimm("dimm0", ""),
         known.replace("model='dimm'", "model='virtio-mem'"),
     ] {
-        assert_eq!(host.find_with(&devices).unwrap().modules.len(), 0);
+        assert_eq!(host.find_devices(&devices).unwrap().modules.len(), 0);
     }
 }
 
@@ -434,7 +507,7 @@ fn a_dimm_of_the_command_line_that_was_taken_out_is_not_looked_for() {
     }
     host.set_arguments(&arguments);
     let is_gone = |devices: &str| {
-        let found = host.find_with(devices);
+        let found = host.find_devices(devices);
         matches!(found, Err(MemoryError::Unlinked { .. }))
     };
     assert!(is_gone(&dimm("dimm0", "base='0x100000000'")));

@@ -28,6 +28,9 @@ pub struct DomainXml {
     pub backing: MemoryBacking,
     /// The NUMA cells of the guest, in order; empty where it has none.
     pub numa: Vec<NumaCell>,
+    /// The user that QEMU runs as: a name, or `+` and a number. libvirt says it
+    /// of a domain that runs, in the label of `<seclabel model='dac'>`.
+    pub qemu_user: Option<String>,
     /// Memory modules: DIMMs, NVDIMMs, virtio-mem.
     pub modules: Vec<MemoryDevice>,
     /// What the metadata asks of xftrace; None where the domain is not
@@ -178,6 +181,7 @@ impl DomainXml {
             boots_kernel: outline.path(&["os", "kernel"])?.is_some(),
             backing: reader.backing()?,
             numa: reader.numa()?,
+            qemu_user: reader.qemu_user()?,
             modules: reader.modules()?,
             trace: match trace::find(outline)? {
                 Some(at) => Some(Trace::read(outline, at)?),
@@ -278,6 +282,22 @@ impl Reader<'_, '_> {
             })
         };
         self.0.named(numa, "cell").map(cell).collect()
+    }
+
+    /// The label is `user:group` (virSecurityDACParseIds, src/security/security_dac.c).
+    fn qemu_user(&self) -> Result<Option<String>, XmlError> {
+        for at in self.0.named(ROOT, "seclabel") {
+            if self.0.attribute(at, "model")?.as_deref() != Some("dac") {
+                continue;
+            }
+            let Some(label) = self.0.child(at, "label")? else {
+                continue;
+            };
+            let text = self.0.get(label).text.as_deref().unwrap_or_default();
+            let user = text.trim().split(':').next().unwrap_or_default();
+            return Ok(Some(user.to_owned()).filter(|user| !user.is_empty()));
+        }
+        Ok(None)
     }
 
     fn modules(&self) -> Result<Vec<MemoryDevice>, XmlError> {

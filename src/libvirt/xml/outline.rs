@@ -27,7 +27,7 @@ const MAX_TEXT: usize = 4096;
 
 /// The children of a domain that are looked at: what is read of them, or where
 /// an edit finds its place.
-const OF_A_DOMAIN: [&str; 13] = [
+const OF_A_DOMAIN: [&str; 14] = [
     "name",
     "uuid",
     "genid",
@@ -41,6 +41,7 @@ const OF_A_DOMAIN: [&str; 13] = [
     "os",
     "cpu",
     "devices",
+    "seclabel",
 ];
 
 /// One element that xftrace looks at.
@@ -324,6 +325,7 @@ impl<'a> Scan<'a> {
             (None, _, "os") => matches!(name, "type" | "kernel" | "initrd" | "cmdline"),
             (None, _, "cpu") => name == "numa",
             (None, _, "devices") => name == "memory",
+            (None, _, "seclabel") => name == "label",
             (Some(ROOT), "cpu", "numa") => name == "cell",
             (Some(ROOT), "devices", "memory") => matches!(name, "target" | "alias" | "address"),
             (Some(_), "memory", "target") => name == "size",
@@ -335,6 +337,7 @@ impl<'a> Scan<'a> {
     fn has_text(&self, parent: Option<Index>, name: &str) -> bool {
         match parent {
             Some(ROOT) => matches!(name, "name" | "uuid" | "memory"),
+            Some(parent) if self.elements[parent].name == "seclabel" => name == "label",
             _ => name == "size",
         }
     }

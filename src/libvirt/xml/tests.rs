@@ -58,6 +58,28 @@ fn plain(cmdline: &str) -> Trace {
 }
 
 #[test]
+fn the_label_of_a_running_domain_tells_the_user_of_its_qemu() {
+    let user = |labels: &str| {
+        let xml = PLAIN.replace("</domain>", &format!("{labels}</domain>"));
+        DomainXml::parse(&xml).unwrap().qemu_user
+    };
+    let dac = |label: &str| {
+        format!(
+            "<seclabel type='dynamic' model='apparmor'><label>libvirt-9a3f</label></seclabel>\
+             <seclabel type='dynamic' model='dac' relabel='yes'>{label}</seclabel>"
+        )
+    };
+    assert_eq!(user(""), None);
+    assert_eq!(
+        user(&dac("<label>+64055:+107</label>")).as_deref(),
+        Some("+64055")
+    );
+    assert_eq!(user(&dac("<label> me:us </label>")).as_deref(), Some("me"));
+    assert_eq!(user(&dac("")), None);
+    assert_eq!(user(&dac("<label/>")), None);
+}
+
+#[test]
 fn what_a_kernel_is_booted_with_is_put_in_and_taken_out_again() {
     let (first, second) = ("ftrace=x a=b,c", "ftrace=y <&>");
     for (os, one, two) in [
