@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::{out, Context, Exit};
 use crate::cli::args::{SymbolsArgs, SymbolsCommand};
-use crate::symfiles::{Store, Stored};
+use crate::symfiles::{Added, Store, Stored};
 
 /// How much of an id a person is shown; what follows 'remove' may be shorter.
 const SHORT_ID: usize = 16;
@@ -33,8 +33,12 @@ pub(super) fn run(context: &Context, args: &SymbolsArgs) -> anyhow::Result<Exit>
 fn add(store: &Store, files: &[PathBuf]) -> anyhow::Result<Exit> {
     let mut out = out::Stdout::new();
     each(files, |file| {
-        let (stored, there) = store.add(file)?;
-        let how = if there { "Replaced" } else { "Added" };
+        let (stored, added) = store.add(file)?;
+        let how = match added {
+            Added::New => "Added",
+            Added::Replaced => "Replaced",
+            Added::KeptRicher => "Kept what was known, which is more,",
+        };
         let (id, kernel, head) = (short(&stored.id), kernel(&stored), &stored.head);
         writeln!(
             out,

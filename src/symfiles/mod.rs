@@ -37,7 +37,7 @@ mod tests;
 
 pub use index::{Head, IndexFault};
 pub use known::{Kind, Known};
-pub use store::{Store, Stored};
+pub use store::{Added, Store, Stored};
 
 use std::io;
 use std::path::{Path, PathBuf};

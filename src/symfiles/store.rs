@@ -2,7 +2,8 @@
 //!
 //! An index is named by the kernel's build id, or, where the file had none, by
 //! a digest of the symbols. So the same kernel is never there twice from the
-//! same kind of file, and adding it again replaces it. Files that are no
+//! same kind of file, and adding it again replaces it, unless what is there is
+//! from a vmlinux and tells more. Files that are no
 //! indices, such as a System.map that somebody copied there, are left alone;
 //! the helper reads them too.
 //!
@@ -11,17 +12,18 @@
 //! what follows it, under gzip, whose checksum shows damage.
 
 use std::collections::BTreeMap;
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, DirBuilder, File, Permissions};
 use std::io::Write;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use flate2::write::GzEncoder;
 use flate2::Compression;
 use sha2::{Digest, Sha256};
 
 use super::index::{self, Head};
-use super::{unpack, Fault, Known, SymfileError, MAX_IMAGE};
+use super::{unpack, Fault, Kind, Known, SymfileError, MAX_IMAGE};
 
 /// How the names of indices end.
 const SUFFIX: &str = "xfsyms";
@@ -32,6 +34,23 @@ const IMAGE_SUFFIX: &str = "gz";
 
 /// How much of a digest is enough to tell kernels apart.
 const DIGEST: usize = 20;
+
+/// How the names of files begin that are being written, and after how long
+/// nobody is writing them any more.
+const ADDING: &str = ".adding-";
+const ABANDONED: Duration = Duration::from_secs(60 * 60);
+
+/// What became of a file that was added.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Added {
+    /// Its kernel was not there before.
+    New,
+    /// It took the place of what was known of its kernel.
+    Replaced,
+    /// What is known of its kernel is from a vmlinux, which has more symbols
+    /// than a kernel's own list.
+    KeptRicher,
+}
 
 /// The directory.
 #[derive(Debug)]
@@ -60,28 +79,48 @@ impl Store {
         }
     }
 
-    /// Reads a file of any kind and keeps its symbols; also says whether that
-    /// kernel was there already. The index is whole or not there.
+    /// Reads a file of any kind and keeps its symbols; also says what became of
+    /// them. The index is whole or not there.
     ///
     /// # Errors
-    /// If the file cannot be used or the store cannot be written.
-    pub fn add(&self, file: &Path) -> Result<(Stored, bool), SymfileError> {
+    /// If the file cannot be used or the store cannot be written, or another
+    /// kernel of that build id is there.
+    pub fn add(&self, file: &Path) -> Result<(Stored, Added), SymfileError> {
         let (known, kernel) = Known::with_image(file)?;
         let head = Head::new(&known, &file.display().to_string());
         let bytes = index::write(&known, &head);
         let id = id(&known);
         let path = self.dir.join(format!("{id}.{SUFFIX}"));
-        let there = path.exists();
+        let there = kept(&path);
+        let other = there
+            .as_ref()
+            .is_some_and(|there| differ(there.banner.as_deref(), head.banner.as_deref()));
+        if other {
+            return Err(SymfileError::Id(format!(
+                "another kernel is in the store under the build id of {file:?}; if that is \
+                 wrong, type `xftrace symbols remove {id}` and add this one again"
+            )));
+        }
         // The index last: what is listed is whole.
         if let Some(kernel) = kernel {
-            let image = self.image_path(&id);
-            self.put(&image, &|file| {
+            self.put(&self.image_path(&id), &|file| {
                 let mut gzip = GzEncoder::new(file, Compression::fast());
                 gzip.write_all(&kernel)?;
                 gzip.finish().map(|_| ())
             })?;
         }
-        self.put(&path, &|file| file.write_all(&bytes))?;
+        let richer = there.filter(|there| {
+            (there.kind, head.kind) == (Kind::Vmlinux, Kind::Kallsyms)
+        });
+        let (head, added) = match richer {
+            Some(there) => (there, Added::KeptRicher),
+            None => {
+                let replaced = path.exists();
+                self.put(&path, &|file| file.write_all(&bytes))?;
+                let added = if replaced { Added::Replaced } else { Added::New };
+                (head, added)
+            }
+        };
         let image = Some(self.image_path(&id)).filter(|image| image.is_file());
         let stored = Stored {
             id,
@@ -89,10 +128,10 @@ impl Store {
             head,
             image,
         };
-        Ok((stored, there))
+        Ok((stored, added))
     }
 
-    /// Writes a file that is whole or not there.
+    /// Writes a file that is whole or not there, for everybody to read.
     fn put(
         &self,
         path: &Path,
@@ -104,14 +143,17 @@ impl Store {
             .mode(0o755)
             .create(dir)
             .map_err(SymfileError::io("create", dir))?;
+        sweep(dir);
         let failed = || SymfileError::io("write", path);
         // In the same directory, under a hidden name, so that nobody reads it
         // half written and a rename puts it in place.
         let mut file = tempfile::Builder::new()
-            .prefix(".adding-")
+            .prefix(ADDING)
             .tempfile_in(dir)
             .map_err(failed())?;
         write(file.as_file_mut()).map_err(failed())?;
+        let mode = Permissions::from_mode(0o644);
+        file.as_file().set_permissions(mode).map_err(failed())?;
         file.as_file().sync_all().map_err(failed())?;
         file.persist(path).map_err(|error| failed()(error.error))?;
         let sync = File::open(dir).and_then(|dir| dir.sync_all());
@@ -226,6 +268,33 @@ fn head(path: &Path) -> Result<Head, SymfileError> {
         path: path.to_owned(),
         fault: fault.into(),
     })
+}
+
+/// What an index says that can be read; none where it is damaged anywhere.
+fn kept(path: &Path) -> Option<Head> {
+    Known::load(path).ok()?;
+    head(path).ok()
+}
+
+/// Whether two kernels tell what they are and are not the same.
+fn differ(one: Option<&str>, other: Option<&str>) -> bool {
+    one.zip(other).is_some_and(|(one, other)| one != other)
+}
+
+/// Removes what was left by somebody who was killed while writing. What cannot
+/// be removed does no harm.
+fn sweep(dir: &Path) {
+    let Ok(entries) = fs::read_dir(dir) else {
+        return;
+    };
+    for entry in entries.flatten() {
+        let ours = entry.file_name().to_string_lossy().starts_with(ADDING);
+        let changed = entry.metadata().and_then(|metadata| metadata.modified());
+        let age = changed.ok().and_then(|at| at.elapsed().ok());
+        if ours && age.is_some_and(|age| age > ABANDONED) {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
 }
 
 /// What a kernel is called: by its build id, as long as that can be no path.

@@ -256,13 +256,13 @@ fn the_store_keeps_lists_and_removes() {
     assert!(store.list().unwrap().0.is_empty());
     let file = dir.path().join("vmlinux");
     std::fs::write(&file, elf(any_style())).unwrap();
-    let (stored, there) = store.add(&file).unwrap();
+    let (stored, added) = store.add(&file).unwrap();
     assert_eq!(
-        (stored.id.as_str(), there),
-        ("5a".repeat(20).as_str(), false)
+        (stored.id.as_str(), added),
+        ("5a".repeat(20).as_str(), Added::New)
     );
     assert_eq!(stored.head.release(), Some("6.1.0-test"));
-    assert!(store.add(&file).unwrap().1, "the same kernel again");
+    assert_eq!(store.add(&file).unwrap().1, Added::Replaced);
     check(&Known::load(&stored.path).unwrap());
 
     // One whose file tells no build id.
@@ -300,6 +300,86 @@ fn the_store_keeps_lists_and_removes() {
     // Nothing else is left, no temporary file either.
     let left = std::fs::read_dir(dir.path().join("not/there/yet")).unwrap();
     assert_eq!(left.count(), 0);
+}
+
+/// An index as a vmlinux gives it, or what a vmlinuz does, of one kernel.
+#[test]
+fn what_is_known_is_not_replaced_by_less_or_by_another_kernel() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::at(&dir.path().join("store"));
+    let file = dir.path().join("file");
+    let add = |kind: Kind, banner: Option<&str>| {
+        let mut known = Known::parse(elf(any_style())).unwrap();
+        known.kind = kind;
+        known.banner = banner.map(str::to_owned);
+        let head = Head::new(&known, "a file");
+        std::fs::write(&file, index::write(&known, &head)).unwrap();
+        store
+            .add(&file)
+            .map(|(stored, added)| (stored.head.kind, added))
+    };
+    let ours = Some(BANNER);
+    assert_eq!(
+        add(Kind::Kallsyms, ours).unwrap(),
+        (Kind::Kallsyms, Added::New)
+    );
+    assert_eq!(
+        add(Kind::Kallsyms, ours).unwrap(),
+        (Kind::Kallsyms, Added::Replaced)
+    );
+    assert_eq!(
+        add(Kind::Vmlinux, ours).unwrap(),
+        (Kind::Vmlinux, Added::Replaced)
+    );
+    assert_eq!(
+        add(Kind::Kallsyms, ours).unwrap(),
+        (Kind::Vmlinux, Added::KeptRicher)
+    );
+    assert_eq!(
+        add(Kind::Vmlinux, ours).unwrap(),
+        (Kind::Vmlinux, Added::Replaced)
+    );
+
+    let told = add(Kind::Vmlinux, Some("Linux version 5.10 other"))
+        .unwrap_err()
+        .to_string();
+    let id = "5a".repeat(20);
+    assert!(told.contains(&format!("symbols remove {id}")), "{told}");
+    assert_eq!(store.list().unwrap().0[0].head.banner.as_deref(), ours);
+
+    // One that is damaged is worth nothing.
+    let stored = &store.list().unwrap().0[0];
+    let mut bytes = std::fs::read(&stored.path).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&stored.path, &bytes).unwrap();
+    assert_eq!(
+        add(Kind::Kallsyms, ours).unwrap(),
+        (Kind::Kallsyms, Added::Replaced)
+    );
+}
+
+#[test]
+fn everybody_can_read_an_index_and_nothing_is_left_of_a_crash() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("vmlinux");
+    std::fs::write(&file, elf(any_style())).unwrap();
+    let there = dir.path().join("store");
+    std::fs::create_dir(&there).unwrap();
+    let [old, new, other] = [".adding-a", ".adding-b", "System.map"].map(|name| there.join(name));
+    let hour = Duration::from_secs(60 * 60);
+    for (path, age) in [(&old, 2 * hour), (&new, hour / 2), (&other, 2 * hour)] {
+        let file = std::fs::File::create(path).unwrap();
+        file.set_modified(std::time::SystemTime::now() - age)
+            .unwrap();
+    }
+    let (stored, _) = Store::at(&there).add(&file).unwrap();
+    let mode = std::fs::metadata(&stored.path)
+        .unwrap()
+        .permissions()
+        .mode();
+    assert_eq!(mode & 0o7777, 0o644);
+    assert!(!old.exists() && new.exists() && other.exists());
 }
 
 /// Whoever can write an index can get its checksums right.
