@@ -49,9 +49,15 @@ pub(super) fn open(
         Kind::File(path) => {
             let there = dir.join("root").join(path.trim_start_matches('/'));
             if there.is_dir() {
-                // file_ram_open, softmmu/physmem.c.
-                let made = format!("{}/qemu_back_mem.", path.trim_end_matches('/'));
-                return nameless(dir, maps, backend, domain, |name| name.starts_with(&made));
+                // The backend's id in it has no slashes (file_ram_open,
+                // softmmu/physmem.c).
+                let id = backend.id.replace('/', "_");
+                let made = format!("{}/qemu_back_mem.{id}.", path.trim_end_matches('/'));
+                return nameless(dir, maps, backend, domain, |name| {
+                    // mkstemp's six characters, none of them a dot.
+                    let rest = name.strip_prefix(&made);
+                    rest.is_some_and(|rest| !rest.trim_end_matches(" (deleted)").contains('.'))
+                });
             }
             named(dir, maps, backend, path, domain)
         }
@@ -66,6 +72,11 @@ fn only<'m>(
 ) -> Result<&'m Mapping, MemoryError> {
     match found[..] {
         [only] => Ok(only),
+        [] => Err(MemoryError::Missing {
+            name: domain.to_owned(),
+            id: backend.id.clone(),
+            size: backend.size,
+        }),
         _ => Err(MemoryError::Ambiguous {
             name: domain.to_owned(),
             id: backend.id.clone(),
@@ -89,13 +100,7 @@ fn nameless(
             path: PathBuf::from(&backend.id),
         });
     }
-    let mut found = maps.shared(backend.size, is_named);
-    if found.len() > 1 {
-        // Of files that QEMU makes in a directory, the name has the backend's
-        // in it; slashes of that became underscores.
-        found.retain(|mapping| mapping.path.contains(&format!("{}.", backend.id)));
-    }
-    let found = only(found, backend, domain)?;
+    let found = only(maps.shared(backend.size, is_named), backend, domain)?;
     let link = found.link(dir);
     let file = OpenOptions::new()
         .read(true)
