@@ -60,6 +60,9 @@ pub fn attach(domain: &DomainXml, config: &Config) -> anyhow::Result<Attached> {
         total <= limit,
         "the guest has {total} bytes of memory, more than limits.guest_memory ({limit}) allows"
     );
+    for error in &backing.left_out {
+        log::warn!("a memory module is not read: {error}");
+    }
     let modules = backing.modules.into_iter().map(|(part, _)| part);
     let parts: Vec<MemoryPart> = backing.ram.into_iter().chain(modules).collect();
     let (ram, files) = open(parts, layout, backing.qemu.pid)?;

@@ -146,6 +146,12 @@ fn running(
                     )),
                 }
             }
+            for error in &backing.left_out {
+                report.advice(
+                    format!("a memory module is not read: {error}"),
+                    format!("xftrace enroll {name}\n{restart}"),
+                );
+            }
             if let Some(why) = advice(&live) {
                 report.advice(format!("as it runs, {why}"), restart);
             }

@@ -47,7 +47,9 @@ pub(super) enum Kind {
 
 /// How much memory a guest has where QEMU is not told (`default_ram_size`,
 /// hw/core/machine.c).
-const DEFAULT_SIZE: u64 = 128 << 20;
+const DEFAULT_SIZE: u64 = 128 * MIB;
+
+const MIB: u64 = 1 << 20;
 
 type Properties = HashMap<String, String>;
 
@@ -133,7 +135,7 @@ impl Arguments {
 
     /// `max-ram-below-4g` of the machine.
     pub(super) fn max_ram_below_4g(&self) -> Option<u64> {
-        size(self.machine.get("max-ram-below-4g")?)
+        size(self.machine.get("max-ram-below-4g")?, 1)
     }
 
     /// What the RAM is made of that the guest boots with. An error says what
@@ -155,16 +157,13 @@ impl Arguments {
         let told = self.memory.get("size").or_else(|| self.memory.get(BARE));
         let size = match told {
             // Without a suffix, MiB.
-            Some(text) if text.bytes().all(|byte| byte.is_ascii_digit()) => {
-                size(&format!("{text}M"))
-            }
-            Some(text) => size(text),
-            None => Some(DEFAULT_SIZE),
+            Some(text) => size(text, MIB).ok_or_else(|| format!("-m {text:?} is no size"))?,
+            None => DEFAULT_SIZE,
         };
         Ok(Backend {
             id: "the machine's memory".to_owned(),
             kind: self.path.clone().map_or(Kind::Ram, Kind::File),
-            size: size.ok_or("-m has no size")?,
+            size,
             shared: false,
         })
     }
@@ -215,16 +214,17 @@ impl Arguments {
             ("memory-backend-ram", _) => (Kind::Ram, false),
             _ => return Err(format!("{id} is a {named}")),
         };
-        let size = object
+        let text = object
             .get("size")
-            .and_then(|text| size(text))
             .ok_or_else(|| format!("{id} has no size"))?;
+        let size = size(text, 1).ok_or_else(|| format!("{id} has {text:?} for a size"))?;
         let told = object.get("share").map(String::as_str);
         Ok(Backend {
             id: id.to_owned(),
             kind,
             size,
-            shared: told.map_or(shared, |text| matches!(text, "true" | "yes" | "on")),
+            // As qapi_bool_parse does, qapi/qapi-util.c.
+            shared: told.map_or(shared, |text| matches!(text, "true" | "yes" | "on" | "y")),
         })
     }
 }
@@ -285,19 +285,34 @@ fn number(text: &str) -> Option<u64> {
     }
 }
 
-/// A size as QEMU reads it: bytes, or with one of its suffixes (qemu_strtosz,
-/// util/cutils.c).
-fn size(text: &str) -> Option<u64> {
+/// A size as QEMU reads it (do_strtosz, util/cutils.c): hexadecimal, or decimal
+/// with a fraction; with one of the suffixes, and else in units of `unit`.
+fn size(text: &str, unit: u64) -> Option<u64> {
     let text = text.trim();
-    let (digits, shift) = match text.char_indices().last()? {
-        (at, 'k' | 'K') => (text.get(..at)?, 10),
-        (at, 'm' | 'M') => (text.get(..at)?, 20),
-        (at, 'g' | 'G') => (text.get(..at)?, 30),
-        (at, 't' | 'T') => (text.get(..at)?, 40),
-        (at, 'b' | 'B') => (text.get(..at)?, 0),
-        _ => (text, 0),
+    if let Some(digits) = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        return u64::from_str_radix(digits, 16).ok()?.checked_mul(unit);
+    }
+    let at = text.find(|c: char| !matches!(c, '0'..='9' | '.'));
+    let (digits, suffix) = text.split_at(at.unwrap_or(text.len()));
+    let unit = match suffix.to_ascii_uppercase().as_str() {
+        "" => unit,
+        "B" => 1,
+        "K" => 1 << 10,
+        "M" => MIB,
+        "G" => 1 << 30,
+        "T" => 1 << 40,
+        "P" => 1 << 50,
+        "E" => 1 << 60,
+        _ => return None,
     };
-    digits.parse::<u64>().ok()?.checked_mul(1 << shift)
+    let (whole, fraction) = digits.split_once('.').unwrap_or((digits, ""));
+    let whole = whole.parse::<u64>().ok()?.checked_mul(unit)?;
+    if fraction.is_empty() {
+        return Some(whole);
+    }
+    // QEMU rounds to the next byte; no memory has a part of one.
+    let part: f64 = format!("0.{fraction}").parse().ok()?;
+    whole.checked_add((part * unit as f64).round() as u64)
 }
 
 #[cfg(test)]
@@ -472,6 +487,57 @@ mod tests {
         assert_eq!(file.kind, Kind::File("/r".to_owned()));
     }
 
+    #[test]
+    fn sizes_and_switches_are_read_as_qemu_reads_them() {
+        for (text, bytes) in [
+            ("0", Some(0)),
+            ("4096", Some(4096)),
+            ("4096B", Some(4096)),
+            ("1.5G", Some(3 << 29)),
+            ("0.5k", Some(512)),
+            ("2.G", Some(2 << 30)),
+            ("0x20000000", Some(512 << 20)),
+            ("0X1000", Some(4096)),
+            ("1t", Some(1 << 40)),
+            ("1P", Some(1 << 50)),
+            ("15E", Some(15 << 60)),
+            ("16E", None),
+            ("18446744073709551616", None),
+            ("0x10000000000000000", None),
+            ("15.99999999999999999999E", None),
+            ("1.2.3G", None),
+            (".5G", None),
+            ("", None),
+            ("G", None),
+            ("1GB", None),
+            ("-1", None),
+            ("+1", None),
+            ("0xk", None),
+            ("1é", None),
+        ] {
+            assert_eq!(size(text, 1), bytes, "{text:?}");
+        }
+        assert_eq!(
+            (size("512", MIB), size("0x200", MIB)),
+            (Some(512 << 20), Some(512 << 20))
+        );
+        assert_eq!(size("1B", MIB), Some(1));
+        let of = |rest: &str| {
+            let object = format!("memory-backend-file,id=pc.ram,mem-path=/x{rest}");
+            let all = line(&["-machine", "pc,memory-backend=pc.ram", "-object", &object]);
+            all.ram().map(|mut all| all.remove(0))
+        };
+        for (text, shared) in [("y", true), ("on", true), ("n", false), ("off", false)] {
+            assert_eq!(
+                of(&format!(",size=1M,share={text}")).unwrap().shared,
+                shared,
+                "{text}"
+            );
+        }
+        assert!(of(",size=1Q").unwrap_err().contains("\"1Q\""));
+        assert!(line(&["-m", "1Q"]).ram().unwrap_err().contains("\"1Q\""));
+    }
+
     proptest! {
         #[test]
         fn no_command_line_panics(words in proptest::collection::vec(
@@ -480,6 +546,11 @@ mod tests {
             if let Ok(all) = Arguments::of(&words) {
                 let _ = (all.ram(), all.modules(), all.machine(), all.max_ram_below_4g());
             }
+        }
+
+        #[test]
+        fn no_size_panics(text in "(0x)?[0-9.]{0,25}[a-zA-Zé]{0,2}") {
+            let _ = size(&text, MIB);
         }
     }
 }

@@ -49,19 +49,28 @@ pub(super) fn open(
         Kind::File(path) => {
             let there = dir.join("root").join(path.trim_start_matches('/'));
             if there.is_dir() {
-                // The backend's id in it has no slashes (file_ram_open,
-                // softmmu/physmem.c).
-                let id = backend.id.replace('/', "_");
-                let made = format!("{}/qemu_back_mem.{id}.", path.trim_end_matches('/'));
                 return nameless(dir, maps, backend, domain, |name| {
-                    // mkstemp's six characters, none of them a dot.
-                    let rest = name.strip_prefix(&made);
-                    rest.is_some_and(|rest| !rest.trim_end_matches(" (deleted)").contains('.'))
+                    name.strip_prefix(path.trim_end_matches('/'))
+                        .is_some_and(|name| is_made_for(&backend.id, name))
                 });
             }
             named(dir, maps, backend, path, domain)
         }
     }
+}
+
+/// Whether QEMU makes a file of this name for a backend: `/qemu_back_mem.NAME.`
+/// and six characters of mkstemp's, none of them a dot (file_ram_open,
+/// softmmu/physmem.c). The name is the backend's id, with `/objects/` before it
+/// where the machine has it so (host_memory_backend_get_name,
+/// backends/hostmem.c), and `_` for `/`.
+fn is_made_for(id: &str, name: &str) -> bool {
+    let name = name.strip_suffix(" (deleted)").unwrap_or(name);
+    let made = name.strip_prefix("/qemu_back_mem.");
+    let Some((made, _)) = made.and_then(|made| made.rsplit_once('.')) else {
+        return false;
+    };
+    made.strip_prefix("_objects_").unwrap_or(made) == id.replace('/', "_")
 }
 
 /// The one mapping there is.

@@ -46,6 +46,8 @@ pub struct Backing {
     /// Memory modules (DIMMs and the like), and the guest physical address of
     /// each. One whose place is not known is left out.
     pub modules: Vec<(MemoryPart, u64)>,
+    /// Why others cannot be read.
+    pub left_out: Vec<MemoryError>,
     /// The machine as QEMU has it (`pc-q35-7.2`), whatever alias the XML has.
     pub machine: Option<String>,
     /// `max-ram-below-4g` of the machine, in bytes, where it is set: it moves
@@ -130,7 +132,22 @@ pub enum MemoryError {
         /// What it is.
         what: String,
     },
-    /// No mapping, or more than one, that could be it.
+    /// No mapping that could be it.
+    #[error(
+        "QEMU has nothing of {size} bytes mapped that could be {id} of domain '{name}' (what it \
+         has may be cut in pieces): type `xftrace enroll {}`, then shut the domain down and start \
+         it again; a file can be told",
+        shell_word(name)
+    )]
+    Missing {
+        /// The domain.
+        name: String,
+        /// The backend.
+        id: String,
+        /// Its size, in bytes.
+        size: u64,
+    },
+    /// More than one mapping that could be it.
     #[error(
         "QEMU has {count} mappings that could be {id} of domain '{name}' ({size} bytes), and one \
          is needed: type `xftrace enroll {}`, then shut the domain down and start it again; a \
@@ -256,9 +273,12 @@ fn find_in(proc: &Path, domain: &DomainXml, libvirt_run: &Path) -> Result<Backin
     let dir = proc.join(found.qemu.pid.to_string());
     let mapped = maps::Maps::read(&dir)?;
     let open = |backend: &arguments::Backend| files::open(&dir, &mapped, backend, name);
+    let ram = ram.iter().map(open).collect::<Result<_, _>>()?;
+    let (modules, left_out) = modules(domain, &told, open);
     let backing = Backing {
-        ram: ram.iter().map(open).collect::<Result<_, _>>()?,
-        modules: modules(domain, &told, open)?,
+        ram,
+        modules,
+        left_out,
         machine: told.machine(),
         max_ram_below_4g: told.max_ram_below_4g(),
         max_cpus: told.max_cpus(),
@@ -273,18 +293,24 @@ fn find_in(proc: &Path, domain: &DomainXml, libvirt_run: &Path) -> Result<Backin
 /// The memory modules whose place in the guest is known: QEMU was told, or
 /// libvirt has asked QEMU since, and says it in the XML of the running domain.
 /// Those that were plugged in since QEMU started are in that XML alone, and
-/// those that were taken out again are there no more.
+/// those that were taken out again are there no more. And why others of these
+/// cannot be read: an NVDIMM may be a private file, and the guest can be traced
+/// without.
 fn modules(
     domain: &DomainXml,
     told: &arguments::Arguments,
     open: impl Fn(&arguments::Backend) -> Result<MemoryPart, MemoryError>,
-) -> Result<Vec<(MemoryPart, u64)>, MemoryError> {
+) -> (Vec<(MemoryPart, u64)>, Vec<MemoryError>) {
     let told_of = told.modules();
-    let mut found = Vec::new();
+    let (mut found, mut left_out) = (Vec::new(), Vec::new());
+    let mut take = |backend: &arguments::Backend, base| match open(backend) {
+        Ok(part) => found.push((part, base)),
+        Err(error) => left_out.push(error),
+    };
     for (backend, address) in &told_of {
         let module = domain.modules.iter().find(|module| is_of(module, backend));
         if let Some(base) = module.and_then(|module| module.base.or(*address)) {
-            found.push((open(backend)?, base));
+            take(backend, base);
         }
     }
     for module in &domain.modules {
@@ -296,10 +322,10 @@ fn modules(
             .plugged(alias, module.size)
             .filter(|_| module.model == "dimm")
         {
-            found.push((open(&backend)?, base));
+            take(&backend, base);
         }
     }
-    Ok(found)
+    (found, left_out)
 }
 
 /// Whether this is the module's memory, by libvirt's name for that

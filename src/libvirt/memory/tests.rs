@@ -281,12 +281,15 @@ fn memory_of_no_file_is_found_by_its_size() {
     assert_eq!(backing.ram[0].address, 0x7f00_0000_0000);
 
     let twice = own.clone() + &line(0x7f50_0000_0000, SIZE, "rw-p 00000000 00:00 0 ");
-    for (maps, count) in [(twice + &others, 2), (others, 0)] {
+    for (maps, says) in [
+        (twice + &others, "2 mappings that could be pc.ram"),
+        (
+            others,
+            "nothing of 1048576 bytes mapped that could be pc.ram",
+        ),
+    ] {
         let error = with_backend("ram", &maps).error();
-        assert!(
-            matches!(error, MemoryError::Ambiguous { count: n, .. } if n == count),
-            "{error}"
-        );
+        assert!(error.to_string().contains(says), "{error}");
         assert!(
             error.to_string().contains("`xftrace enroll web1`"),
             "{error}"
@@ -323,10 +326,7 @@ fn a_memfd_is_opened_through_its_mapping_and_looked_at() {
     let error = with(&memfd(metadata.ino() + 1, "rw-s")).error();
     assert!(matches!(error, MemoryError::NotMapped { .. }), "{error}");
     let error = with(&memfd(metadata.ino(), "rw-p")).error();
-    assert!(
-        matches!(error, MemoryError::Ambiguous { count: 0, .. }),
-        "{error}"
-    );
+    assert!(matches!(error, MemoryError::Missing { .. }), "{error}");
 }
 
 #[test]
@@ -338,24 +338,83 @@ fn a_file_in_a_directory_is_told_by_its_name() {
     let made = host.path("ram/qemu_back_mem.pc.ram.AbCdEf");
     fs::rename(host.file(), &made).unwrap();
     let metadata = fs::metadata(&made).unwrap();
-    let line = |at: u64, inode: u64, name: &str| {
-        format!(
-            "{at:x}-{:x} rw-s 00000000 {:02x}:{:02x} {} {name}\n",
-            at + SIZE,
-            major(metadata.dev()),
-            minor(metadata.dev()),
-            inode,
-        )
-    };
     let proc = host.path("proc").join(&host.pid);
-    let deleted = format!("{} (deleted)", made.display());
-    let other = deleted.replace("pc.ram", "memdimm0");
-    let maps = line(0x7f00_0000_0000, metadata.ino(), &deleted)
-        + &line(0x7f00_1000_0000, metadata.ino() + 1, &other);
-    fs::write(proc.join("maps"), maps).unwrap();
     fs::create_dir(proc.join("map_files")).unwrap();
     symlink(&made, proc.join("map_files/7f0000000000-7f0000100000")).unwrap();
-    assert_eq!(host.find().unwrap().ram[0].address, 0x7f00_0000_0000);
+    let map = |names: &[&str]| {
+        let lines = names.iter().enumerate().map(|(i, name)| {
+            let at = 0x7f00_0000_0000 + i as u64 * 0x1000_0000;
+            format!(
+                "{at:x}-{:x} rw-s 00000000 {:02x}:{:02x} {} {}/{name}\n",
+                at + SIZE,
+                major(metadata.dev()),
+                minor(metadata.dev()),
+                metadata.ino() + i as u64,
+                host.path("ram").display(),
+            )
+        });
+        fs::write(proc.join("maps"), lines.collect::<String>()).unwrap();
+        host.find().map(|backing| backing.ram[0].address)
+    };
+    // Those of other backends, whose names may end or go on with this one's.
+    let others = [
+        "qemu_back_mem.memdimm0.AbCdEf (deleted)",
+        "qemu_back_mem.my.pc.ram.AbCdEf (deleted)",
+        "qemu_back_mem._objects_x_pc.ram.AbCdEf (deleted)",
+        "qemu_back_mem.pc.ram.x.AbCdEf",
+        "qemu_back_mem.pc.ram",
+    ];
+    for name in [
+        "qemu_back_mem.pc.ram.AbCdEf",
+        "qemu_back_mem.pc.ram.AbCdEf (deleted)",
+        "qemu_back_mem._objects_pc.ram.AbCdEf (deleted)",
+    ] {
+        let found = map(&[&[name], &others[..]].concat());
+        assert_eq!(found.unwrap(), 0x7f00_0000_0000, "{name}");
+        assert!(map(&[name, name]).is_err());
+    }
+    for name in others {
+        let error = map(&[name]).unwrap_err();
+        assert!(
+            matches!(error, MemoryError::Missing { .. }),
+            "{name}: {error}"
+        );
+    }
+}
+
+/// The guest's RAM can be read, and this NVDIMM cannot.
+#[test]
+fn a_module_that_cannot_be_read_is_left_out_and_told() {
+    let host = Host::new();
+    let mut arguments = host.arguments("true");
+    let image = host.path("ram/nvdimm");
+    fs::write(&image, vec![0; SIZE as usize]).unwrap();
+    for (option, value) in [
+        (
+            "-object",
+            format!(
+                r#"{{"qom-type":"memory-backend-file","id":"memnvdimm0","mem-path":{image:?},"share":false,"size":{SIZE}}}"#
+            ),
+        ),
+        (
+            "-device",
+            r#"{"driver":"nvdimm","memdev":"memnvdimm0","id":"nvdimm0","slot":0,"addr":4294967296}"#
+                .to_owned(),
+        ),
+    ] {
+        arguments.extend([option.to_owned(), value]);
+    }
+    host.set_arguments(&arguments);
+    let backing = host.find().unwrap();
+    assert_eq!((backing.ram.len(), backing.modules.len()), (1, 0));
+    let [error] = &backing.left_out[..] else {
+        panic!("{:?}", backing.left_out)
+    };
+    let told = error.to_string();
+    assert!(
+        told.contains("ram/nvdimm") && told.contains("privately"),
+        "{told}"
+    );
 }
 
 #[test]
