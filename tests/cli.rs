@@ -469,3 +469,36 @@ fn baselines_and_checks_say_what_is_missing() {
         "nothing was learnt, and a baseline is there"
     );
 }
+
+/// Nothing tells whether a raw image has the hole below 4 GiB in it.
+#[test]
+fn a_large_raw_image_asks_for_its_machine() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, config) = host(dir.path());
+    let map = "ffffffff81000000 T _text\nffffffff81000000 T _stext\nffffffff81001000 T _etext\n";
+    std::fs::write(dir.path().join("map"), map).unwrap();
+    let file = std::fs::File::create(dir.path().join("raw")).unwrap();
+    let told = |mib: u64, more: &[&str]| {
+        file.set_len(mib << 20).unwrap();
+        let mut command = xftrace();
+        command.current_dir(dir.path());
+        command
+            .args([
+                "--config",
+                &config,
+                "status",
+                "--memory",
+                "raw",
+                "--symbols",
+                "map",
+            ])
+            .args(more);
+        let output = command.assert().code(2).get_output().clone();
+        String::from_utf8(output.stderr)
+            .unwrap()
+            .contains("--machine q35")
+    };
+    assert!(!told(2815, &[]));
+    assert!(told(2816, &[]) && told(8192, &[]));
+    assert!(!told(8192, &["--machine", "pc"]));
+}

@@ -505,6 +505,25 @@ fn an_image_that_cannot_be_read_says_why() {
     thirty_two[4] = 1;
     let mut odd = elf_header(&[(100, one, one)]);
     odd.resize(odd.len() + one as usize, 0);
+    let mut arm = cut.clone();
+    arm[18] = 183;
+    // Its bytes in the other order, as far as they are looked at.
+    let mut big = cut.clone();
+    big[5] = 2;
+    for at in [16, 18, 54, 56] {
+        big.swap(at, at + 1);
+    }
+    // As gcore has it: no physical addresses.
+    let mut core = elf_header(&[(0, one, one), (0, one, one)]);
+    core.resize(core.len() + two as usize, 0);
+    // So many parts that their number is in a section's header.
+    let mut many = elf_header(&[]);
+    many[32..40].copy_from_slice(&64u64.to_le_bytes());
+    many[40..48].copy_from_slice(&64u64.to_le_bytes());
+    many[56..62].copy_from_slice(&[0xff, 0xff, 64, 0, 1, 0]);
+    many.resize(128, 0);
+    many[64 + 44..64 + 48].copy_from_slice(&5000u32.to_le_bytes());
+    many.resize(128 + 5000 * 56, 0);
     for (bytes, says) in [
         (
             cut.as_slice(),
@@ -514,6 +533,15 @@ fn an_image_that_cannot_be_read_says_why() {
         (program.as_slice(), "no core file"),
         (thirty_two.as_slice(), "no dump of an x86-64 guest"),
         (odd.as_slice(), "is not a whole number of pages"),
+        (arm.as_slice(), "another processor"),
+        (big.as_slice(), "another processor"),
+        (
+            core.as_slice(),
+            "two parts of the guest's RAM claim guest physical address 0x0. That is so for the \
+             core of the QEMU process itself (gcore), and for a dump made with paging=on; make a \
+             `virsh dump --memory-only",
+        ),
+        (many.as_slice(), "has 5000 ranges"),
         (&[0; 5000], "5000 bytes are no whole number of pages"),
         (&[], "empty"),
         (b"KDUMP   \0\0\0\0", "--format elf"),

@@ -19,7 +19,7 @@ use crate::config::Config;
 use crate::helper::{Fitting, Link, LinkError, Sources};
 use crate::kernel::{find_all, Kernel, Symbols};
 use crate::keys::Klog;
-use crate::ram::{Gpa, GuestRam, ImageRam, Layout, MachineKind};
+use crate::ram::{Gpa, GuestRam, ImageRam, Layout, LayoutError, MachineKind};
 use crate::session::{
     Boot, Counters, EndReason, Meta, Mode, QemuProcess, Session, SessionWriter, State, KLOG_FILE,
 };
@@ -42,7 +42,7 @@ impl Image {
         let ram = ImageRam::open(path, |size| match option.machine {
             Some(MachineName::Pc) => Layout::pc(size, MachineKind::I440fx),
             Some(MachineName::Q35) => Layout::pc(size, MachineKind::Q35),
-            None => Layout::flat(size),
+            None => flat(size),
         })?;
         let left_out = describe(ram.left_out());
         if let Some(text) = &left_out {
@@ -213,6 +213,24 @@ impl Image {
             }
         }
     }
+}
+
+/// A raw image as it lies there. That is right for what was saved with the hole
+/// below 4 GiB in it, and for little memory; a copy of a large guest's memory
+/// file has no hole, and where its RAM goes on, only the machine tells.
+fn flat(size: u64) -> Result<Layout, LayoutError> {
+    let flat = Layout::flat(size)?;
+    let split = [MachineKind::I440fx, MachineKind::Q35]
+        .into_iter()
+        .any(|kind| Layout::pc(size, kind).is_ok_and(|layout| layout != flat));
+    if split {
+        out::message(
+            "warning: so much memory has a hole below 4 GiB, and it is not known whether this raw \
+             image has it too; if it is a copy of the guest's memory file, type --machine pc or \
+             --machine q35 as well",
+        );
+    }
+    Ok(flat)
 }
 
 /// The first holes of an image in words; None where it has none.

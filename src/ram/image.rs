@@ -20,13 +20,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
 use nix::unistd::{lseek64, Whence};
-use object::elf::{FileHeader64, ET_CORE, PT_LOAD};
+use object::elf::{FileHeader64, EM_X86_64, ET_CORE, PT_LOAD};
 use object::read::elf::{FileHeader as _, ProgramHeader as _};
-use object::{Endianness, ReadCache};
+use object::{Endian as _, Endianness, ReadCache};
 
 use super::{
     Access, BackingFile, Gpa, GuestRam, Layout, LayoutError, RamError, RamOffset, Range, PAGE_SIZE,
 };
+
+/// More parts than a dump has, those included that are not memory.
+const MAX_HEADERS: usize = 4096;
 
 /// Guest RAM in a saved image.
 #[derive(Debug)]
@@ -59,6 +62,13 @@ pub enum ImageError {
     /// No core file of a 64-bit guest.
     #[error("it is an ELF file, but no dump of an x86-64 guest's memory: {0}")]
     NotADump(String),
+    /// A core file whose parts are not laid out as a guest's memory.
+    #[error(
+        "it is a core file whose parts are no guest's memory: {0}. That is so for the core of the \
+         QEMU process itself (gcore), and for a dump made with paging=on; make a \
+         `virsh dump --memory-only --format elf DOMAIN FILE`"
+    )]
+    NotLaidOut(LayoutError),
     /// The file ends before what its headers speak of.
     #[error("it is cut short: it has {have} bytes, and its headers speak of {need}")]
     CutShort {
@@ -115,7 +125,9 @@ impl ImageRam {
         let (layout, starts, left_out) = if is(b"\x7fELF") {
             let parts = segments(&file, size).map_err(failed)?;
             let (ranges, starts) = parts.ranges();
-            (Layout::new(ranges)?, starts, parts.left_out)
+            let layout = Layout::new(ranges);
+            let layout = layout.map_err(|error| failed(ImageError::NotLaidOut(error)))?;
+            (layout, starts, parts.left_out)
         } else {
             if size % PAGE_SIZE != 0 {
                 return Err(failed(ImageError::OddSize { have: size }));
@@ -199,6 +211,17 @@ fn segments(file: &File, size: u64) -> Result<Segments, ImageError> {
     let endian = header.endian().map_err(not_a_dump)?;
     if header.e_type.get(endian) != ET_CORE {
         return Err(ImageError::NotADump("it is no core file".to_owned()));
+    }
+    if header.e_machine.get(endian) != EM_X86_64 || !endian.is_little_endian() {
+        return Err(ImageError::NotADump(
+            "it is of another processor".to_owned(),
+        ));
+    }
+    // The count may be of 32 bits, and the whole table is read.
+    let count = header.phnum(endian, &cache).map_err(not_a_dump)?;
+    let count = usize::try_from(count).unwrap_or(usize::MAX);
+    if count > MAX_HEADERS {
+        return Err(ImageError::NotLaidOut(LayoutError::TooMany(count)));
     }
     let headers = header.program_headers(endian, &cache).map_err(|_| {
         // Nothing else is wrong with a dump whose table is past its end.

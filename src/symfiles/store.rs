@@ -109,15 +109,18 @@ impl Store {
                 gzip.finish().map(|_| ())
             })?;
         }
-        let richer = there.filter(|there| {
-            (there.kind, head.kind) == (Kind::Vmlinux, Kind::Kallsyms)
-        });
+        let richer =
+            there.filter(|there| (there.kind, head.kind) == (Kind::Vmlinux, Kind::Kallsyms));
         let (head, added) = match richer {
             Some(there) => (there, Added::KeptRicher),
             None => {
                 let replaced = path.exists();
                 self.put(&path, &|file| file.write_all(&bytes))?;
-                let added = if replaced { Added::Replaced } else { Added::New };
+                let added = if replaced {
+                    Added::Replaced
+                } else {
+                    Added::New
+                };
                 (head, added)
             }
         };

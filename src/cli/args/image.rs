@@ -22,7 +22,8 @@ pub struct ImageOption {
     /// The machine of a raw image, which tells where RAM goes on above 4 GiB
     ///
     /// Without it, a guest physical address is an offset in the file: right
-    /// for less than 2 GiB of memory.
+    /// for less than 2.75 GiB of memory, and for what has the hole below 4 GiB
+    /// in it.
     #[arg(long, value_enum, value_name = "MACHINE", requires = "memory")]
     pub machine: Option<MachineName>,
 }
