@@ -8,9 +8,12 @@
 //! being known.
 //!
 //! Of variables, only pointers can be judged. The image lists where addresses lie
-//! in them, for KASLR has to move those. A pointer that was built to lead to code
-//! or to constants may be set to another of these, and may be cleared; one that
-//! leads out of the kernel, into a module or into nothing, was bent.
+//! in them, for KASLR has to move those. A pointer that was built to lead to code,
+//! or to a constant that itself leads to code (a table of functions), may be set to
+//! another of the kernel's own, and may be cleared; one that leads out of the kernel,
+//! into a module or into nothing, was bent.
+
+use std::ops::Range;
 
 use super::finding::{Check, Finding, Report};
 use super::image::Image;
@@ -143,9 +146,11 @@ fn follow(
     let constants = link(view, "__start_rodata")?..link(view, "__end_rodata")?;
     let written = link(view, "__start_ro_after_init")?..link(view, "__end_ro_after_init")?;
     let variables = link(view, "_sdata")?..link(view, "_edata")?;
+    let functions = Functions::of(view, image, &constants);
     for (at, built) in image.pointers() {
         let here = variables.contains(&at) || written.contains(&at);
-        if !here || !(text.contains(&built) || constants.contains(&built)) {
+        let table = || constants.contains(&built) && functions.are_in(view, built);
+        if !here || !(text.contains(&built) || table()) {
             continue;
         }
         let runtime = view.kernel.runtime(at);
@@ -167,4 +172,24 @@ fn follow(
         });
     }
     Ok(())
+}
+
+/// Where functions are named in the constants, in order.
+struct Functions(Vec<Gva>);
+
+impl Functions {
+    fn of(view: &View<'_>, image: &Image, constants: &Range<Gva>) -> Self {
+        let text = view.symbols.text();
+        let pointers = image.pointers();
+        let named = pointers.filter(|(at, to)| constants.contains(at) && text.contains(to));
+        Self(named.map(|(at, _)| at).collect())
+    }
+
+    /// Whether the constant at `at`, up to the next symbol, names any.
+    fn are_in(&self, view: &View<'_>, at: Gva) -> bool {
+        let next = self.0.partition_point(|place| *place < at);
+        let symbol = |at: Gva| Some(at.0 - view.symbols.symbol_before(at)?.1);
+        let place = self.0.get(next);
+        place.is_some_and(|place| symbol(*place) == symbol(at))
+    }
 }

@@ -12,6 +12,7 @@ use xftrace::ram::{Access, FileRam, Layout, MachineKind};
 use xftrace::session::{list, Session};
 use xftrace_lab::{wait_for, Backing, Domain, HugePages, Meanwhile, Row};
 
+use crate::integrity::memory_is_clean;
 use crate::lab::TestGuest;
 
 /// How many times the guest opens, reads and closes: nine megabytes of records.
@@ -65,6 +66,8 @@ pub(crate) fn every_call(row: &Row) {
             balloon(&guest, row.memory);
         }
         let output = run.wait(LOOP_TIME).unwrap().success().unwrap();
+        let kernel = guest.lab().artifacts(guest.kernel()).unwrap().bzimage;
+        memory_is_clean(&guest, &kernel);
         let status = xftrace(&["status", "-d", name]);
         xftrace(&["off", "-d", name]);
         (output, status)

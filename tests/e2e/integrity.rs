@@ -113,6 +113,20 @@ impl Checked {
     }
 }
 
+/// A guest whose kernel is clean is found clean, whatever traces it just then.
+/// `kernel` is the file that it boots.
+pub(crate) fn memory_is_clean(guest: &TestGuest, kernel: &Path) {
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut check = guest.xftrace(dir.path());
+    check.args(["check", "--json", "-d", guest.name(), "--kernel"]);
+    let output = check.arg(kernel).output().expect("xftrace ran");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let verdict: Value =
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {said}"));
+    let memory = &verdict["memory"];
+    assert_eq!(memory["conclusion"], "clean", "{memory:#}");
+}
+
 impl Drop for Checked {
     /// The store as it was, for the tests after this one.
     fn drop(&mut self) {

@@ -14,6 +14,7 @@ use xftrace::symfiles::Known;
 use xftrace_lab::{wait_for, Ring, Row};
 
 use crate::backings::unstopped;
+use crate::integrity::memory_is_clean;
 use crate::lab::TestGuest;
 
 /// How many times the guest opens, reads and closes.
@@ -112,6 +113,7 @@ pub(crate) fn same_lines(row: &Row) {
             .stderr(predicates::str::contains("plain (not keyed"));
         let run = guest.run_for(&format!("rwloop {LOOPS}"), LISTING);
         run.unwrap().success().unwrap();
+        memory_is_clean(&guest, &symbols);
         xftrace(&["off", "-d", name]).assert().success();
     });
     let switch = guest.run(&format!("cat {tracing}/tracing_on")).unwrap();

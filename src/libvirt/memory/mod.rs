@@ -274,7 +274,7 @@ fn find_in(proc: &Path, domain: &DomainXml, libvirt_run: &Path) -> Result<Backin
     let mapped = maps::Maps::read(&dir)?;
     let open = |backend: &arguments::Backend| files::open(&dir, &mapped, backend, name);
     let ram = ram.iter().map(open).collect::<Result<_, _>>()?;
-    let (modules, left_out) = modules(domain, &told, open);
+    let (modules, left_out) = modules(domain, &told, open)?;
     let backing = Backing {
         ram,
         modules,
@@ -300,17 +300,23 @@ fn modules(
     domain: &DomainXml,
     told: &arguments::Arguments,
     open: impl Fn(&arguments::Backend) -> Result<MemoryPart, MemoryError>,
-) -> (Vec<(MemoryPart, u64)>, Vec<MemoryError>) {
+) -> Result<(Vec<(MemoryPart, u64)>, Vec<MemoryError>), MemoryError> {
     let told_of = told.modules();
     let (mut found, mut left_out) = (Vec::new(), Vec::new());
-    let mut take = |backend: &arguments::Backend, base| match open(backend) {
-        Ok(part) => found.push((part, base)),
-        Err(error) => left_out.push(error),
+    let mut take = |module: &MemoryDevice, backend: &arguments::Backend, base| {
+        match open(backend) {
+            Ok(part) => found.push((part, base)),
+            // The guest's kernel may lie in a DIMM: it is RAM as any other.
+            Err(error) if module.model == "dimm" => return Err(error),
+            Err(error) => left_out.push(error),
+        }
+        Ok(())
     };
     for (backend, address) in &told_of {
         let module = domain.modules.iter().find(|module| is_of(module, backend));
-        if let Some(base) = module.and_then(|module| module.base.or(*address)) {
-            take(backend, base);
+        let place = module.and_then(|module| Some((module, module.base.or(*address)?)));
+        if let Some((module, base)) = place {
+            take(module, backend, base)?;
         }
     }
     for module in &domain.modules {
@@ -322,10 +328,10 @@ fn modules(
             .plugged(alias, module.size)
             .filter(|_| module.model == "dimm")
         {
-            take(&backend, base);
+            take(module, &backend, base)?;
         }
     }
-    (found, left_out)
+    Ok((found, left_out))
 }
 
 /// Whether this is the module's memory, by libvirt's name for that

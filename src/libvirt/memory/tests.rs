@@ -405,7 +405,8 @@ fn a_module_that_cannot_be_read_is_left_out_and_told() {
         arguments.extend([option.to_owned(), value]);
     }
     host.set_arguments(&arguments);
-    let backing = host.find().unwrap();
+    let module = dimm("nvdimm0", "base='0x100000000'").replace("model='dimm'", "model='nvdimm'");
+    let backing = host.find_devices(&module).unwrap();
     assert_eq!((backing.ram.len(), backing.modules.len()), (1, 0));
     let [error] = &backing.left_out[..] else {
         panic!("{:?}", backing.left_out)
