@@ -14,7 +14,6 @@ use std::ops::Range;
 use object::read::elf::{ElfFile64, FileHeader};
 use object::{Endianness, Object, ObjectSection};
 
-use super::text::records;
 use crate::kernel::Gva;
 
 /// Relocations name the lower half of an address; the upper half is this.
@@ -239,6 +238,12 @@ fn relocations(tail: &[u8]) -> Option<Vec<Relocation>> {
     }
     all.sort();
     Some(all)
+}
+
+/// The records of a table, a cut last one left out.
+pub(super) fn records<const N: usize>(table: &[u8]) -> impl Iterator<Item = [u8; N]> + '_ {
+    let records = table.chunks_exact(N);
+    records.filter_map(|record| record.try_into().ok())
 }
 
 /// What stands behind each zero; nothing if there is something before the first.

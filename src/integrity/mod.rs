@@ -1,27 +1,33 @@
 //! Whether the guest's kernel is what it was built as, told from its memory.
 //!
 //! ```text
-//! vmlinuz -image-> what was built  --.
-//!           `----- sites: where it may patch itself --> text: the differences
-//! guest memory -kernel::Kernel-> what is there --'
+//! vmlinuz -image-> what was built ---.
+//!                                    |-> text, data: byte by byte
+//! guest memory -view-> what is there-'
+//!                 `--> owner: whose is it?  -> interrupts, ftrace, probes, files, code
 //! ```
 //!
 //! Nothing has to be traced for that, and what is found was there before anybody
 //! looked: a hook that is never called is in memory all the same.
 //!
 //! **What is trusted is a file of the host's**, the vmlinuz that the guest boots:
-//! an [`Image`] says what the kernel's text is before it patches itself, at any
-//! slide. Nothing of what should be is taken from guest memory, with one
-//! exception: constants that the kernel computes at boot and writes into its own
-//! code are compared with the variables that they are copies of.
+//! an [`Image`] says what the kernel is before it patches itself, at any slide, and
+//! how its structures are laid out. Nothing of what should be is taken from guest
+//! memory, with one exception: constants that the kernel computes at boot and writes
+//! into its own code are compared with the variables that they are copies of.
 //!
-//! **A kernel patches itself**, at places that its image lists (`sites.rs`), and
-//! each of these has few forms that it may take (`patched.rs`): another
+//! **A kernel patches itself**, at places that its image lists (`text/sites.rs`), and
+//! each of these has few forms that it may take (`text/patched.rs`): another
 //! alternative, another branch, a NOP. What a place is in memory must be one of
 //! them. Which of them it is hangs on the processor and on what is switched on,
 //! and is not judged.
 //!
-//! Uses `kernel`, `symfiles` and `ram`; writes nothing.
+//! **Who is called, and whose is that?** What is registered at run time stands in
+//! lists of the guest's. They are followed, each bounded, and every function in them
+//! is given an owner (`owner.rs`): the kernel's own text, a module of the list, code
+//! that the kernel says it made, or nobody. Only the first is no finding.
+//!
+//! Uses `kernel` and `ram`; writes nothing.
 
 mod code;
 mod data;

@@ -168,7 +168,7 @@ fn attached(
     let point = view.btf()?.structure("tracepoint")?;
     let (name, funcs) = (point.field("name")?.offset, point.field("funcs")?.offset);
     let each = u64::from(view.btf()?.structure("tracepoint_func")?.size()?);
-    for (offset, at) in super::text::records::<4>(list).zip((start.0..).step_by(4)) {
+    for (offset, at) in super::image::records::<4>(list).zip((start.0..).step_by(4)) {
         *looked_at += 1;
         let link = at.wrapping_add_signed(i64::from(i32::from_le_bytes(offset)));
         let point = view.kernel.runtime(Gva(link));

@@ -15,7 +15,7 @@ use patched::{Patcher, INT3};
 use sites::Alternative;
 
 pub(super) use patched::{jump, CALL};
-pub(super) use sites::{records, Sites};
+pub(super) use sites::Sites;
 
 /// The most places that are told of.
 const MAX_CHANGES: usize = 256;

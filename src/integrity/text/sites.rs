@@ -19,7 +19,7 @@
 
 use std::collections::BTreeMap;
 
-use super::super::image::{Image, ImageFault};
+use super::super::image::{records, Image, ImageFault};
 use crate::kernel::{Gva, Symbols};
 
 /// `ALT_FLAG_DIRECT_CALL` (arch/x86/include/asm/alternative.h).
@@ -235,14 +235,6 @@ fn alternative(record: &[u8], at: u64, image: &Image) -> Option<(u64, Alternativ
 fn relative(record: &[u8], field: usize, at: u64) -> Option<u64> {
     let word = record.get(field..field.checked_add(4)?)?.try_into().ok()?;
     Some(at.wrapping_add_signed(i64::from(i32::from_le_bytes(word))))
-}
-
-/// The records of a table, a cut last one left out.
-pub(in crate::integrity) fn records<const N: usize>(
-    table: &[u8],
-) -> impl Iterator<Item = [u8; N]> + '_ {
-    let records = table.chunks_exact(N);
-    records.filter_map(|record| record.try_into().ok())
 }
 
 fn word64(record: &[u8], field: usize) -> Option<u64> {
