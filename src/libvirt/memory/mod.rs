@@ -274,11 +274,11 @@ fn find_in(proc: &Path, domain: &DomainXml, libvirt_run: &Path) -> Result<Backin
     let mapped = maps::Maps::read(&dir)?;
     let open = |backend: &arguments::Backend| files::open(&dir, &mapped, backend, name);
     let ram = ram.iter().map(open).collect::<Result<_, _>>()?;
-    let (modules, left_out) = modules(domain, &told, open)?;
+    let modules = modules(domain, &told, open)?;
     let backing = Backing {
         ram,
-        modules,
-        left_out,
+        modules: modules.found,
+        left_out: modules.left_out,
         machine: told.machine(),
         max_ram_below_4g: told.max_ram_below_4g(),
         max_cpus: told.max_cpus(),
@@ -288,6 +288,14 @@ fn find_in(proc: &Path, domain: &DomainXml, libvirt_run: &Path) -> Result<Backin
         return Err(process::not_running(domain));
     }
     Ok(backing)
+}
+
+/// The memory modules of a guest.
+struct Modules {
+    /// Each with its guest physical address.
+    found: Vec<(MemoryPart, u64)>,
+    /// Why others cannot be read.
+    left_out: Vec<MemoryError>,
 }
 
 /// The memory modules whose place in the guest is known: QEMU was told, or
@@ -300,7 +308,7 @@ fn modules(
     domain: &DomainXml,
     told: &arguments::Arguments,
     open: impl Fn(&arguments::Backend) -> Result<MemoryPart, MemoryError>,
-) -> Result<(Vec<(MemoryPart, u64)>, Vec<MemoryError>), MemoryError> {
+) -> Result<Modules, MemoryError> {
     let told_of = told.modules();
     let (mut found, mut left_out) = (Vec::new(), Vec::new());
     let mut take = |module: &MemoryDevice, backend: &arguments::Backend, base| {
@@ -331,7 +339,7 @@ fn modules(
             take(module, &backend, base)?;
         }
     }
-    Ok((found, left_out))
+    Ok(Modules { found, left_out })
 }
 
 /// Whether this is the module's memory, by libvirt's name for that
