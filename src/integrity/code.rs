@@ -51,16 +51,13 @@ pub(super) fn unowned(view: &View<'_>, owners: &Owners, report: &mut Report) {
 
 /// Whether any byte of a page is somebody's code: the rest of it is too.
 fn owned(view: &View<'_>, owners: &Owners, page: Gva) -> bool {
-    let end = Gva(page.0.saturating_add(PAGE));
-    let touches = |start: Gva, stop: Gva| start < end && stop > page;
+    let piece = page..Gva(page.0.saturating_add(PAGE));
     let text = view.symbols.text();
-    let made = owners.made.iter().map(|(range, _)| range);
-    let modules = owners.modules.iter().flat_map(|module| &module.code);
-    let mut others = made.chain(modules);
-    touches(
+    let (start, end) = (
         view.kernel.runtime(text.start),
         view.kernel.runtime(text.end),
-    ) || others.any(|range| touches(range.start, range.end))
+    );
+    (start < piece.end && end > piece.start) || owners.have(&piece)
 }
 
 fn unowned_piece(at: Gva) -> Finding {

@@ -122,12 +122,7 @@ pub fn check(
             image: trusted.banner.clone(),
         });
     }
-    let view = View {
-        ram,
-        kernel,
-        symbols,
-        btf: trusted.btf.as_ref(),
-    };
+    let view = View::new(ram, kernel, symbols, trusted.btf.as_ref());
     let owners = Owners::of(&view);
     let mut report = Report::default();
     let text = check_text(&view, trusted, &owners, &mut report);

@@ -21,6 +21,8 @@ const PAGE: u64 = 4096;
 const PACK: u64 = 2 << 20;
 /// More nodes than any machine has.
 const MAX_NODES: u32 = 1024;
+/// How many BPF programs are looked past for the memory that they lie in.
+const MAX_INSIDE: usize = 1024;
 /// The kernel's own programs in memory below 1 MiB.
 const MEGABYTE: u64 = 1 << 20;
 
@@ -54,8 +56,11 @@ impl fmt::Display for Owner {
 /// Who there is.
 pub(super) struct Owners {
     pub(super) modules: Vec<Module>,
-    /// Code that the kernel made, and what it is.
-    pub(super) made: Vec<(Range<Gva>, String)>,
+    /// Code that the kernel made, and what it is, by its beginning.
+    made: Vec<(Range<Gva>, String)>,
+    /// The code of the modules and what the kernel made, in order, none of which
+    /// touches another.
+    code: Vec<Range<Gva>>,
     /// What could not be listed.
     pub(super) doubts: Vec<String>,
 }
@@ -65,6 +70,7 @@ impl Owners {
         let mut owners = Self {
             modules: Vec::new(),
             made: Vec::new(),
+            code: Vec::new(),
             doubts: Vec::new(),
         };
         let listed = view
@@ -94,7 +100,18 @@ impl Owners {
                 owners.doubts.push(error.to_string());
             }
         }
+        owners.made.sort_by_key(|(range, _)| range.start);
+        let made = owners.made.iter().map(|(range, _)| range);
+        let modules = owners.modules.iter().flat_map(|module| &module.code);
+        owners.code = joined(made.chain(modules).cloned().collect());
         owners
+    }
+
+    /// Whether any of this is a module's code, or code that the kernel made.
+    pub(super) fn have(&self, piece: &Range<Gva>) -> bool {
+        let after = self.code.partition_point(|range| range.start < piece.end);
+        let last = after.checked_sub(1).and_then(|last| self.code.get(last));
+        last.is_some_and(|range| range.end > piece.start)
     }
 
     pub(super) fn owner(&self, view: &View<'_>, at: Gva) -> Owner {
@@ -106,8 +123,11 @@ impl Owners {
             let offset = offset.map_or(0, |code| at.wrapping_sub(code.start));
             return Owner::Module(format!("{} (+{offset:#x})", module.name));
         }
-        let made = self.made.iter().find(|(range, _)| range.contains(&at));
-        if let Some((_, kind)) = made {
+        // The innermost: BPF programs lie in memory that is listed for many of them.
+        let after = self.made.partition_point(|(range, _)| range.start <= at);
+        let before = self.made.get(..after).unwrap_or_default();
+        let mut before = before.iter().rev().take(MAX_INSIDE);
+        if let Some((_, kind)) = before.find(|(range, _)| range.contains(&at)) {
             return Owner::Made(kind.clone());
         }
         if view.kernel.in_image(view.kernel.link(at)) {
@@ -115,6 +135,19 @@ impl Owners {
         }
         Owner::Nobody
     }
+}
+
+/// Pieces in order, those that touch made one.
+fn joined(mut pieces: Vec<Range<Gva>>) -> Vec<Range<Gva>> {
+    pieces.sort_by_key(|piece| piece.start);
+    let mut joined: Vec<Range<Gva>> = Vec::new();
+    for piece in pieces {
+        match joined.last_mut() {
+            Some(last) if piece.start <= last.end => last.end = last.end.max(piece.end),
+            _ => joined.push(piece),
+        }
+    }
+    joined
 }
 
 fn range(start: Gva, length: u64) -> Range<Gva> {
@@ -234,4 +267,28 @@ fn real_mode(view: &View<'_>, made: &mut Vec<(Range<Gva>, String)>) -> Result<()
         made.push((range(start, length), "the code of real mode".to_owned()));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_somebodys_is_found_however_the_pieces_lie() {
+        let pieces = [(5, 8), (0, 2), (6, 7), (8, 9), (20, 30), (21, 22)];
+        let code = joined(pieces.map(|(from, to)| Gva(from)..Gva(to)).to_vec());
+        assert_eq!(code, [Gva(0)..Gva(2), Gva(5)..Gva(9), Gva(20)..Gva(30)]);
+        let owners = Owners {
+            modules: Vec::new(),
+            made: Vec::new(),
+            code,
+            doubts: Vec::new(),
+        };
+        for from in 0..32 {
+            for to in from + 1..33 {
+                let there = pieces.iter().any(|&(start, end)| start < to && from < end);
+                assert_eq!(owners.have(&(Gva(from)..Gva(to))), there, "{from}..{to}");
+            }
+        }
+    }
 }

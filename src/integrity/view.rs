@@ -1,6 +1,8 @@
 //! The guest's kernel as the checks read it: words and texts by address, and
 //! structures by the layout that the trusted image describes.
 
+use std::cell::Cell;
+
 use crate::kernel::btf::{Btf, BtfError};
 use crate::kernel::{escape, Gva, Kernel, Symbols};
 use crate::ram::GuestRam;
@@ -9,6 +11,9 @@ use crate::ram::GuestRam;
 const NAME_LENGTH: usize = 64;
 /// How many entries of a list are followed: guest memory may hold circles.
 pub(super) const MAX_ENTRIES: usize = 65_536;
+/// How many reads all checks of one look may make, each of which walks the guest's
+/// page tables: a guest may have lists of lists. A clean guest takes some 50,000.
+const MAX_READS: u32 = 2_000_000;
 
 /// Why a check could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +33,9 @@ pub(super) enum Obstacle {
     /// A list does not end.
     #[error("{0} does not end")]
     Endless(&'static str),
+    /// There is more to read than any guest has.
+    #[error("the guest's lists are longer than those of any kernel; stopped at {0}")]
+    TooMuch(&'static str),
 }
 
 /// What the checks read from.
@@ -36,9 +44,32 @@ pub(super) struct View<'a> {
     pub(super) kernel: &'a Kernel,
     pub(super) symbols: &'a Symbols,
     pub(super) btf: Option<&'a Btf>,
+    /// How many reads are left.
+    left: Cell<u32>,
 }
 
-impl View<'_> {
+impl<'a> View<'a> {
+    pub(super) fn new(
+        ram: &'a dyn GuestRam,
+        kernel: &'a Kernel,
+        symbols: &'a Symbols,
+        btf: Option<&'a Btf>,
+    ) -> Self {
+        Self {
+            ram,
+            kernel,
+            symbols,
+            btf,
+            left: Cell::new(MAX_READS),
+        }
+    }
+
+    fn spend(&self, what: &'static str) -> Result<(), Obstacle> {
+        let left = self.left.get().checked_sub(1);
+        self.left.set(left.ok_or(Obstacle::TooMuch(what))?);
+        Ok(())
+    }
+
     pub(super) fn btf(&self) -> Result<&Btf, Obstacle> {
         self.btf.ok_or(Obstacle::NoLayouts)
     }
@@ -52,11 +83,13 @@ impl View<'_> {
 
     /// The pointer at an address.
     pub(super) fn pointer(&self, at: Gva, what: &'static str) -> Result<Gva, Obstacle> {
+        self.spend(what)?;
         let word = self.kernel.read_u64(self.ram, at);
         word.map(Gva).map_err(|_| Obstacle::Lost(what, at))
     }
 
     pub(super) fn half(&self, at: Gva, what: &'static str) -> Result<u32, Obstacle> {
+        self.spend(what)?;
         let word = self.kernel.read_u32(self.ram, at);
         word.map_err(|_| Obstacle::Lost(what, at))
     }
@@ -67,6 +100,7 @@ impl View<'_> {
         length: usize,
         what: &'static str,
     ) -> Result<Vec<u8>, Obstacle> {
+        self.spend(what)?;
         let mut bytes = vec![0; length];
         let read = self.kernel.read(self.ram, at, &mut bytes);
         read.map_err(|_| Obstacle::Lost(what, at))?;
@@ -79,8 +113,9 @@ impl View<'_> {
         while text.len() < NAME_LENGTH {
             let mut byte = [0];
             let from = at.wrapping_add(text.len() as u64);
+            let spent = self.spend("a name").is_ok();
             let read = self.kernel.read(self.ram, from, &mut byte);
-            if read.is_err() || byte == [0] {
+            if !spent || read.is_err() || byte == [0] {
                 break;
             }
             text.extend(byte);

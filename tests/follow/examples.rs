@@ -109,7 +109,7 @@ fn what_examples_are_piped_to_finds_it() {
         ),
         ("xftrace follow | head -100", "vfs_read();"),
         (
-            "xftrace check -d web1 --json | jq '.findings[] | .what'",
+            "xftrace check -d web1 --json | jq '.flow.findings[] | .what'",
             "\"records decode under no key: ",
         ),
     ];

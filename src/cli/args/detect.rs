@@ -23,7 +23,7 @@ Examples:
   xftrace check -d web1 --baseline web
   xftrace check /var/log/libvirt/qemu/web1.xftrace/20261123T093000Z
   xftrace check --memory web1.elf --kernel vmlinuz-6.1.0-50-amd64
-  xftrace check -d web1 --json | jq '.memory.findings[] | .place'
+  xftrace check -d web1 --json | jq '.flow.findings[] | .what'
 
 Exit status:
   0  clean, as far as the rules can see

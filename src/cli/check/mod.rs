@@ -111,9 +111,14 @@ fn domain(
     // A domain has an id while it runs.
     match known.as_ref().filter(|domain| domain.id.is_some()) {
         Some(domain) => {
-            checked.memory = memory::of_domain(config, args, domain)?;
-            if checked.memory.is_none() {
-                checked.remarks.push(memory::NO_IMAGE.to_owned());
+            match memory::of_domain(config, args, domain) {
+                Ok(Some(found)) => checked.memory = Some(found),
+                Ok(None) => checked.remarks.push(memory::NO_IMAGE.to_owned()),
+                // Who names the kernel wants the memory looked at.
+                Err(error) if args.kernel.is_some() => return Err(error),
+                Err(error) => checked
+                    .remarks
+                    .push(format!("the guest's memory was not looked at: {error:#}")),
             }
         }
         None => checked
