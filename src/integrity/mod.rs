@@ -45,7 +45,7 @@ pub use finding::{Check, Finding, Outcome, Report};
 pub use image::{Image, ImageFault};
 
 use crate::kernel::btf::Btf;
-use crate::kernel::{Gva, Kernel, Symbols};
+use crate::kernel::{escape, Gva, Kernel, Symbols};
 use crate::ram::{GuestRam, RamError};
 
 use owner::Owners;
@@ -64,10 +64,13 @@ pub enum IntegrityError {
     #[error(transparent)]
     Image(#[from] ImageFault),
     /// It is the image of another kernel.
-    #[error("it is the image of another kernel than the one that the guest runs: {image}")]
+    #[error(
+        "it is another kernel than the one that the guest runs{}; take the vmlinuz that it boots",
+        .image.as_ref().map_or_else(String::new, |image| format!(" ({image})"))
+    )]
     OtherKernel {
-        /// The image's banner, escaped.
-        image: String,
+        /// The image's banner, escaped, if it has one where the guest's kernel does.
+        image: Option<String>,
     },
     /// Guest memory could not be read.
     #[error(transparent)]
@@ -85,23 +88,29 @@ pub struct Trusted {
 }
 
 impl Trusted {
-    /// Takes the kernel's image apart, which `symbols` belong to.
+    /// Takes the image of `kernel` apart, which `symbols` belong to.
     ///
     /// # Errors
-    /// If it is none that a kernel can be compared with.
-    pub fn new(image: Image, symbols: &Symbols) -> Result<Self, IntegrityError> {
-        let banner = symbols.address("linux_banner");
-        let text = banner.and_then(|at| image.up_to(at, MAX_BANNER));
-        let text = text.ok_or(ImageFault::Missing("banner (linux_banner)"))?;
-        let line = text.split(|&byte| byte == b'\n' || byte == 0).next();
+    /// If it is of another kernel, or none that a kernel can be compared with.
+    pub fn new(image: Image, kernel: &Kernel, symbols: &Symbols) -> Result<Self, IntegrityError> {
+        let at = symbols.address("linux_banner");
+        let text = at.and_then(|at| image.up_to(at, MAX_BANNER));
+        let line = text.and_then(|text| text.split(|&byte| byte == b'\n' || byte == 0).next());
+        let banner = escape(line.unwrap_or_default());
+        if banner != kernel.banner {
+            let known = banner.starts_with("Linux version ");
+            return Err(IntegrityError::OtherKernel {
+                image: known.then_some(banner),
+            });
+        }
         let btf = image
             .section(".BTF")
             .map(|(_, bytes)| Btf::parse(bytes.to_vec()));
         Ok(Self {
-            banner: crate::kernel::escape(line.unwrap_or_default()),
             sites: text::Sites::of(&image, symbols)?,
             btf: btf.transpose().ok().flatten(),
             image,
+            banner,
         })
     }
 }
@@ -119,7 +128,7 @@ pub fn check(
 ) -> Result<Report, IntegrityError> {
     if trusted.banner != kernel.banner {
         return Err(IntegrityError::OtherKernel {
-            image: trusted.banner.clone(),
+            image: Some(trusted.banner.clone()),
         });
     }
     let view = View::new(ram, kernel, symbols, trusted.btf.as_ref());

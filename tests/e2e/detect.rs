@@ -10,7 +10,7 @@ use xftrace::detect::{Conclusion, Rule, Severity, Verdict};
 use xftrace::session::{list, FindingKind, Session};
 use xftrace_lab::{Backing, Domain};
 
-use crate::lab::TestGuest;
+use crate::lab::{TestGuest, CONFIG};
 use crate::traced::Traced;
 
 /// Under emulation, on a machine that may be busy.
@@ -114,7 +114,10 @@ impl Watched {
 impl Drop for Watched {
     /// The lab's own configuration again, for the tests after this one.
     fn drop(&mut self) {
-        self.traced.lab().write_config("").expect("a configuration");
+        self.traced
+            .lab()
+            .write_config(CONFIG)
+            .expect("a configuration");
     }
 }
 

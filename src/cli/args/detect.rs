@@ -31,13 +31,13 @@ Exit status:
   2  it could not be told, or an error")]
 pub struct CheckArgs {
     /// The directory of a session
-    #[arg(value_name = "SESSION", value_hint = ValueHint::DirPath, conflicts_with = "domain")]
+    #[arg(value_name = "SESSION", value_hint = ValueHint::DirPath, conflicts_with_all = ["domain", "memory"])]
     pub session: Option<PathBuf>,
 
     /// The domain to check, with its newest session: a name, id or UUID
     ///
     /// Without it and without a session, the only enrolled domain that runs.
-    #[arg(short, long, value_name = "DOMAIN", value_parser = domain_text)]
+    #[arg(short, long, value_name = "DOMAIN", value_parser = domain_text, conflicts_with = "memory")]
     pub domain: Option<String>,
 
     /// The baseline to compare with [default: the domain's, else the configuration's]

@@ -79,7 +79,7 @@ fn trusted(
         None => format!("the kernel in {}", config.paths.symbols.display()),
     };
     let trusted = Image::parse(bytes).map_err(Into::into);
-    let trusted = trusted.and_then(|image| Trusted::new(image, symbols));
+    let trusted = trusted.and_then(|image| Trusted::new(image, kernel, symbols));
     Ok(Some(trusted.with_context(what)?))
 }
 

@@ -121,9 +121,12 @@ fn domain(
                     .push(format!("the guest's memory was not looked at: {error:#}")),
             }
         }
-        None => checked
+        None if known.is_some() => checked
             .remarks
             .push("the domain does not run: its memory was not looked at".to_owned()),
+        None => checked.remarks.push(
+            "libvirt knows no such domain, or does not answer: no memory was looked at".to_owned(),
+        ),
     }
     let sessions = session::list(&session::domain_dir(&config.paths.sessions, name));
     match sessions.first() {
