@@ -16,8 +16,8 @@ use uuid::Uuid;
 use super::out;
 use crate::cli::args::{ImageOption, MachineName};
 use crate::config::Config;
-use crate::helper::{Fitting, Link, LinkError, Sources};
-use crate::kernel::{find_all, Kernel, Symbols};
+use crate::helper::{Link, LinkError, Sources};
+use crate::kernel::{Kernel, Symbols};
 use crate::keys::Klog;
 use crate::ram::{Gpa, GuestRam, ImageRam, Layout, LayoutError, MachineKind};
 use crate::session::{
@@ -49,34 +49,24 @@ impl Image {
             out::message(&format!("warning: the image has holes: {text}"));
         }
         let place = option.symbols.as_ref().unwrap_or(&config.paths.symbols);
-        let Fitting { found, why } = Sources::new(vec![place.clone()]).fitting(&ram)?;
-        let mut why = anyhow::Error::msg(why);
-        for (symbols_path, symbols) in found {
-            match find_all(&ram, &symbols) {
-                Ok(mut kernels) => {
-                    // `find_all` gives one at least.
-                    let kernel = kernels.remove(0);
-                    return Ok(Self {
-                        link: Link::attach(&ram, &kernel, &symbols),
-                        others: kernels.len(),
-                        kernel,
-                        ram,
-                        symbols_path,
-                        symbols,
-                        name: path.file_name().map_or_else(String::new, |name| {
-                            name.to_string_lossy().escape_debug().to_string()
-                        }),
-                    });
-                }
-                Err(error) => why = anyhow::Error::new(error),
-            }
-        }
-        Err(match left_out {
+        let found = Sources::new(vec![place.clone()]).fitting(&ram)?.find(&ram);
+        let found = found.map_err(|why| match left_out {
             Some(text) => why.context(format!(
                 "no kernel can be found, perhaps for the image's holes ({text}); save it anew \
                  with `virsh dump --memory-only`"
             )),
             None => why,
+        })?;
+        Ok(Self {
+            link: Link::attach(&ram, &found.kernel, &found.symbols),
+            others: found.others,
+            kernel: found.kernel,
+            ram,
+            symbols_path: found.path,
+            symbols: found.symbols,
+            name: path.file_name().map_or_else(String::new, |name| {
+                name.to_string_lossy().escape_debug().to_string()
+            }),
         })
     }
 

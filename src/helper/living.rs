@@ -5,12 +5,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::config::Config;
-use crate::kernel::{find_all, Kernel, Symbols};
+use crate::kernel::{Kernel, Symbols};
 use crate::libvirt::enrolment::Enrolment;
 use crate::libvirt::xml::DomainXml;
 
 use super::attach::Attached;
-use super::sources::{Fitting, Sources};
+use super::sources::Sources;
 use super::watch::{Seen, Watch};
 
 /// Between two looks.
@@ -55,17 +55,9 @@ pub fn find_living(
         }
         std::thread::sleep(PAUSE);
     }
-    let Fitting { found, why } = Sources::new(places).fitting(ram)?;
-    let mut why = anyhow::Error::msg(why);
-    for (_, symbols) in found {
-        match find_all(ram, &symbols) {
-            Ok(mut kernels) => {
-                // `find_all` gives one at least.
-                let kernel = kernels.remove(0);
-                return Ok(Living { kernel, symbols });
-            }
-            Err(error) => why = error.into(),
-        }
-    }
-    Err(why)
+    let found = Sources::new(places).fitting(ram)?.find(ram)?;
+    Ok(Living {
+        kernel: found.kernel,
+        symbols: found.symbols,
+    })
 }

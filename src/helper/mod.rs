@@ -52,4 +52,4 @@ pub use attach::{attach, Attached};
 pub(crate) use link::{Link, LinkError};
 pub use living::{find_living, Living};
 pub use run::{run, Options};
-pub(crate) use sources::{Fitting, Sources};
+pub(crate) use sources::Sources;

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::kernel::{banners, has_banner, Symbols};
+use crate::kernel::{banners, find_all, has_banner, Kernel, Symbols};
 use crate::ram::{GuestRam, RamError};
 use crate::symfiles::{Head, Known};
 
@@ -58,6 +58,44 @@ pub(crate) struct Fitting {
     pub(crate) found: Vec<(PathBuf, Arc<Symbols>)>,
     /// Why there may be none.
     pub(crate) why: String,
+}
+
+/// A kernel in memory.
+#[derive(Debug)]
+pub(crate) struct Found {
+    /// The most convincing of those that its symbols fit.
+    pub(crate) kernel: Kernel,
+    /// How many others these fit.
+    pub(crate) others: usize,
+    pub(crate) symbols: Arc<Symbols>,
+    /// Where they are from.
+    pub(crate) path: PathBuf,
+}
+
+impl Fitting {
+    /// The first of the kernels that is in memory.
+    ///
+    /// # Errors
+    /// If there is none, with what there is instead.
+    pub(crate) fn find(self, ram: &dyn GuestRam) -> anyhow::Result<Found> {
+        let mut why = anyhow::Error::msg(self.why);
+        for (path, symbols) in self.found {
+            match find_all(ram, &symbols) {
+                Ok(mut kernels) => {
+                    // `find_all` gives one at least.
+                    let kernel = kernels.remove(0);
+                    return Ok(Found {
+                        kernel,
+                        others: kernels.len(),
+                        symbols,
+                        path,
+                    });
+                }
+                Err(error) => why = error.into(),
+            }
+        }
+        Err(why)
+    }
 }
 
 impl Sources {

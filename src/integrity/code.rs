@@ -35,7 +35,9 @@ pub(super) fn unowned(view: &View<'_>, owners: &Owners, report: &mut Report) {
                 break;
             }
             if owned(view, owners, at) {
-                report.findings.extend(open.take());
+                if let Some(finding) = open.take() {
+                    report.add(finding);
+                }
             } else {
                 let finding = open.get_or_insert_with(|| unowned_piece(at));
                 finding.found = format!("code, {} KiB", (at.0 + PAGE - finding.address) >> 10);

@@ -29,8 +29,22 @@ pub(super) fn constants(view: &View<'_>, image: &Image, owners: &Owners, report:
     report.done(Check::ReadOnlyData, looked_at, doubt);
 }
 
-fn link(view: &View<'_>, name: &'static str) -> Result<Gva, Obstacle> {
-    view.symbols.address(name).ok_or(Obstacle::Symbol(name))
+/// What lies between two symbols, as linked.
+fn between(
+    view: &View<'_>,
+    start: &'static str,
+    end: &'static str,
+) -> Result<Range<Gva>, Obstacle> {
+    let link = |name| view.symbols.address(name).ok_or(Obstacle::Symbol(name));
+    Ok(link(start)?..link(end)?)
+}
+
+/// The constants, and those variables among them that are written until the kernel
+/// has started.
+fn read_only(view: &View<'_>) -> Result<(Range<Gva>, Range<Gva>), Obstacle> {
+    let all = between(view, "__start_rodata", "__end_rodata")?;
+    let written = between(view, "__start_ro_after_init", "__end_ro_after_init")?;
+    Ok((all, written))
 }
 
 fn compare(
@@ -41,8 +55,7 @@ fn compare(
     looked_at: &mut u64,
 ) -> Result<(), Obstacle> {
     const WHAT: &str = "the kernel's read-only data";
-    let all = link(view, "__start_rodata")?..link(view, "__end_rodata")?;
-    let written = link(view, "__start_ro_after_init")?..link(view, "__end_ro_after_init")?;
+    let (all, written) = read_only(view)?;
     for (_, start, bytes) in image.sections("") {
         if !all.contains(&start) {
             continue;
@@ -143,9 +156,8 @@ fn follow(
     looked_at: &mut u64,
 ) -> Result<(), Obstacle> {
     let text = view.symbols.text();
-    let constants = link(view, "__start_rodata")?..link(view, "__end_rodata")?;
-    let written = link(view, "__start_ro_after_init")?..link(view, "__end_ro_after_init")?;
-    let variables = link(view, "_sdata")?..link(view, "_edata")?;
+    let (constants, written) = read_only(view)?;
+    let variables = between(view, "_sdata", "_edata")?;
     let functions = Functions::of(view, image, &constants);
     for (at, built) in image.pointers() {
         let here = variables.contains(&at) || written.contains(&at);

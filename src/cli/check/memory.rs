@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{bail, Context as _};
+use anyhow::Context as _;
 use serde::Serialize;
 
 use crate::cli::args::CheckArgs;
@@ -121,9 +121,6 @@ fn look(
     if live && !report.findings.is_empty() {
         std::thread::sleep(AGAIN);
         report = integrity::check(ram, kernel, symbols, &trusted)?.lasting(&report);
-    }
-    if report.outcomes.is_empty() {
-        bail!("nothing was looked at");
     }
     Ok(Some(Memory::of(kernel, report)))
 }
