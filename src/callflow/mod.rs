@@ -47,14 +47,14 @@ pub use tally::{Counts, Epochs, Reason, RootCount, Tally};
 
 use crate::ring::record::Item;
 
-/// What a [`Flow`] may keep. The defaults come to about 60 MiB if a hostile
+/// What a [`Flow`] may keep. The defaults come to about 150 MiB if a hostile
 /// guest uses up all of it, and to a few hundred KiB for an ordinary one.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Tasks whose stacks are kept.
     pub tasks: usize,
-    /// Open calls that are kept for each: FTRACE_RETFUNC_DEPTH
-    /// (include/linux/ftrace.h) is what the kernel keeps.
+    /// Open calls that are kept for each: at least as many as any kernel keeps,
+    /// which is 50 up to Linux 6.10 and fewer than 128 later.
     pub depth: u16,
     /// Events that may wait until it shows whether a call is a leaf.
     pub pending: usize,
@@ -66,7 +66,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             tasks: 8_192,
-            depth: 50,
+            depth: 128,
             pending: 4_096,
             roots: 65_536,
         }

@@ -464,7 +464,7 @@ mod tests {
             (record(21, key(1), 1, 1, 1), ForgedWhy::StaleEpoch),
             (record(21, key(2), 2, 0, 1), ForgedWhy::Replayed),
             (record(21, key(2), 2, 1, -1), ForgedWhy::BadShape),
-            (record(21, key(2), 2, 1, 50), ForgedWhy::BadShape),
+            (record(21, key(2), 2, 1, 128), ForgedWhy::BadShape),
             (record(21, key(2), 2, 1, 0), ForgedWhy::BadShape),
             (good(2, 1, 1)[..36].to_vec(), ForgedWhy::BadShape),
             (record(11, 0, 0, 0, 0), ForgedWhy::Unkeyed),
@@ -476,6 +476,19 @@ mod tests {
             let reasons: Vec<_> = items.iter().map(why).collect();
             assert_eq!(reasons, [None, Some(reason), None], "{reason:?}");
         }
+    }
+
+    /// Deeper than Linux 6.1 nests, and no deeper than 6.12 does.
+    #[test]
+    fn deep_calls_are_calls() {
+        let chunk = chunk(&[good(1, 0, 50), good(1, 1, 98), good(1, 2, 127)], None);
+        let items = decode(&mut Decoder::new(TYPES, 1), &chunk, &keys(1));
+        let depths = items.iter().map(|item| match item {
+            What::Call(call) => Some(call.depth),
+            _ => None,
+        });
+        let depths: Vec<_> = depths.collect();
+        assert_eq!(depths, [Some(50), Some(98), Some(127)]);
     }
 
     #[test]

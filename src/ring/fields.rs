@@ -2,8 +2,11 @@
 
 use crate::kernel::Gva;
 
-/// `FTRACE_RETFUNC_DEPTH`: the kernel follows no deeper nesting.
-pub(super) const DEPTH_LIMIT: i32 = 50;
+/// No kernel follows deeper nesting. Up to 6.10 that is `FTRACE_RETFUNC_DEPTH`, 50
+/// (include/linux/ftrace.h). Later ones have a page of words for it, of which a
+/// call takes four at least (`SHADOW_STACK_SIZE`, kernel/trace/fgraph.c): Linux
+/// 6.12 on x86 comes to 98.
+pub(super) const DEPTH_LIMIT: i32 = 128;
 
 /// Whether an address lies in the kernel's half of the address space, with 4
 /// or 5 levels of page tables. 0 does not: a record that tells no caller is

@@ -209,7 +209,7 @@ mod tests {
     fn what_no_kernel_writes_is_refused() {
         for record in [
             entry(11, FUNC, -1),
-            entry(11, FUNC, 50),
+            entry(11, FUNC, 128),
             entry(11, 0x1000, 0),
             entry(10, 0, 0),
             entry(10, FUNC, 0)[..36].to_vec(),
