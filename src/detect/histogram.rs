@@ -31,6 +31,18 @@ fn floor(bucket: usize) -> u64 {
     (FINE + bucket % FINE) << shift
 }
 
+/// The value that is reached when more than so many were counted, bucket by bucket.
+fn past(buckets: impl Iterator<Item = (usize, u64)>, most: u64) -> Option<u64> {
+    let mut counted = 0u64;
+    for (at, count) in buckets {
+        counted = counted.saturating_add(count);
+        if counted > most {
+            return Some(floor(at));
+        }
+    }
+    None
+}
+
 impl Histogram {
     /// Counts a value.
     pub(crate) fn add(&mut self, value: u64) {
@@ -49,23 +61,22 @@ impl Histogram {
         self.total
     }
 
-    /// The value below which `permille` thousandths of the values lie, down to
-    /// the floor of its bucket; `None` if there are none.
-    pub(crate) fn quantile(&self, permille: u64) -> Option<u64> {
-        let wanted = u128::from(self.total) * u128::from(permille) / 1000;
-        let mut below = 0u128;
-        for (at, count) in self.buckets.iter().enumerate() {
-            below += u128::from(*count);
-            if below > wanted {
-                return Some(floor(at));
-            }
-        }
-        self.buckets.len().checked_sub(1).map(floor)
+    /// The values that all but the extremes lie between: at most `most` at each
+    /// end, and at most one of a hundred, lie beyond. `None` if there are none.
+    pub(crate) fn without_extremes(&self, most: u64) -> Option<(u64, u64)> {
+        let beyond = most.min(self.total / 100);
+        let (low, high) = (self.counts(), self.counts().rev());
+        Some((past(low, beyond)?, past(high, beyond)?))
+    }
+
+    /// The buckets, each with how many values are in it.
+    fn counts(&self) -> impl DoubleEndedIterator<Item = (usize, u64)> + '_ {
+        self.buckets.iter().copied().enumerate()
     }
 
     /// The value in the middle.
     pub(crate) fn median(&self) -> Option<u64> {
-        self.quantile(500)
+        past(self.counts(), self.total / 2)
     }
 }
 
@@ -84,16 +95,30 @@ mod tests {
     }
 
     #[test]
-    fn quantiles_are_of_what_was_put_in() {
+    fn the_median_is_of_what_was_put_in() {
         let mut all = Histogram::default();
         assert_eq!(all.median(), None);
-        for value in [3, 3, 3, 9, 1000] {
+        for (value, median) in [(9, 9), (3, 9), (3, 3), (1000, 9), (1000, 9), (1000, 1000)] {
             all.add(value);
+            assert_eq!(all.median(), Some(floor(bucket(median))), "with {value}");
         }
-        assert_eq!((all.quantile(0), all.median()), (Some(3), Some(3)));
-        assert_eq!(all.quantile(600), Some(9));
-        assert_eq!(all.quantile(999), Some(floor(bucket(1000))));
-        assert_eq!(all.quantile(1000), Some(floor(bucket(1000))));
+    }
+
+    #[test]
+    fn extremes_are_few_by_share_and_by_number() {
+        let mut all = Histogram::default();
+        assert_eq!(all.without_extremes(20), None);
+        let mut put = |value, times| (0..times).for_each(|_| all.add(value));
+        put(2, 21);
+        put(3, 900);
+        put(7, 9);
+        assert_eq!(all.total(), 930);
+        assert_eq!(all.without_extremes(20), Some((2, 3)), "9 of 930 are few");
+        let mut put = |value, times| (0..times).for_each(|_| all.add(value));
+        put(3, 9_000);
+        put(7, 12);
+        assert_eq!(all.without_extremes(20), Some((2, 7)), "21 are not");
+        assert_eq!(all.without_extremes(21), Some((3, 3)));
     }
 
     proptest! {

@@ -7,7 +7,7 @@ use crate::callflow::{Kernels, Tally};
 use crate::detect::histogram::Histogram;
 use crate::detect::profile::{Profile, Silence as Silent};
 use crate::detect::site::{is_dispatcher, is_system_call, Label, Labels, Site};
-use crate::detect::{profile_of, ProfileLimits, MIN_CALLS};
+use crate::detect::{profile_of, ProfileLimits, MIN_CALLS, MIN_SEEN};
 use crate::kernel::escape;
 use crate::session::{Session, SessionError, State};
 
@@ -228,13 +228,13 @@ impl Function {
 
 impl Band {
     fn of(values: &Histogram, scale: impl Fn(u64) -> u64) -> Option<Self> {
-        let at = |permille| values.quantile(permille).map(&scale);
-        let median = at(500)?;
+        let median = scale(values.median()?);
+        let (low, high) = values.without_extremes(MIN_SEEN - 1)?;
         Some(Self {
-            low: at(10)?,
+            low: scale(low),
             lowest_median: median,
             highest_median: median,
-            high: at(990)?,
+            high: scale(high),
         })
     }
 }

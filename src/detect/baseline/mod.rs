@@ -90,16 +90,22 @@ pub struct Root {
 }
 
 /// Where values lie.
+///
+/// The ends are not a share of the values alone: what a guest does seldom over a
+/// session may be all that it does for some seconds, and by these a trace is
+/// judged while it is on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Band {
-    /// One of a hundred is lower, in the session where it is lowest.
+    /// Fewer than 20 are lower, and one of a hundred at most, in the session where
+    /// it is lowest.
     pub low: u64,
     /// The lowest median of a session.
     pub lowest_median: u64,
     /// The highest median of a session.
     pub highest_median: u64,
-    /// One of a hundred is higher, in the session where it is highest.
+    /// Fewer than 20 are higher, and one of a hundred at most, in the session
+    /// where it is highest.
     pub high: u64,
 }
 
