@@ -81,6 +81,16 @@ pub struct Compared {
     pub converged: bool,
 }
 
+impl Verdict {
+    /// Adds why an absence of findings means nothing.
+    pub fn doubt(&mut self, why: String) {
+        self.doubts.push(why);
+        if self.conclusion == Conclusion::Clean {
+            self.conclusion = Conclusion::CouldNotTell;
+        }
+    }
+}
+
 /// Judges a session by itself and, if there is one, by a baseline and its name.
 ///
 /// # Errors

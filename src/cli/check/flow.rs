@@ -5,21 +5,46 @@ use std::path::Path;
 use std::time::{Duration, UNIX_EPOCH};
 
 use crate::config::Config;
-use crate::detect::{self, Conclusion, Evidence, Finding, Severity, Store, Verdict};
+use crate::detect::{self, Conclusion, Evidence, Finding, Severity, Store, StoreError, Verdict};
 use crate::session::Session;
 
-/// Judges a session; `name` is the baseline's, if there is one.
-pub(super) fn judge(config: &Config, dir: &Path, name: Option<&str>) -> anyhow::Result<Verdict> {
+/// The baseline that a session is compared with, by its name.
+#[derive(Clone, Copy)]
+pub(super) enum Name<'a> {
+    /// Who asks for the verdict named it: it has to be there.
+    Asked(&'a str),
+    /// The domain's, or the configuration's: it may be one that is yet to be
+    /// learnt, and all else can be judged.
+    Own(&'a str),
+}
+
+/// Judges a session.
+pub(super) fn judge(
+    config: &Config,
+    dir: &Path,
+    name: Option<Name<'_>>,
+) -> anyhow::Result<Verdict> {
+    let store = Store::at(&config.paths.baselines);
+    let mut missing = None;
     let baseline = match name {
-        Some(name) => {
-            let baseline = Store::at(&config.paths.baselines).load(name)?;
-            Some((name, baseline))
-        }
         None => None,
+        Some(Name::Asked(name)) => Some((name, store.load(name)?)),
+        Some(Name::Own(name)) => match store.load(name) {
+            Ok(baseline) => Some((name, baseline)),
+            Err(error @ StoreError::None { .. }) => {
+                missing = Some(error.to_string());
+                None
+            }
+            Err(error) => return Err(error.into()),
+        },
     };
     let session = Session::open(dir)?;
     let known = baseline.as_ref().map(|(name, baseline)| (*name, baseline));
-    Ok(detect::check(&session, known)?)
+    let mut verdict = detect::check(&session, known)?;
+    if let Some(missing) = missing {
+        verdict.doubt(missing);
+    }
+    Ok(verdict)
 }
 
 /// How many notices are listed for people.

@@ -23,6 +23,7 @@ use crate::detect::{Conclusion, Verdict};
 use crate::libvirt::enrolment::Enrolment;
 use crate::session;
 
+use flow::Name;
 use memory::Memory;
 
 /// What `--json` prints; docs/verdict.schema.json describes it.
@@ -72,9 +73,8 @@ pub(super) fn run(context: &Context, args: &CheckArgs) -> anyhow::Result<Exit> {
         };
         checked.memory = Some(found);
     } else if let Some(dir) = &args.session {
-        let name = args.baseline.clone();
-        let name = name.or_else(|| Enrolment::baseline_of(None, &config));
-        checked.flow = Some(flow::judge(&config, dir, name.as_deref())?);
+        let own = Enrolment::baseline_of(None, &config);
+        checked.flow = Some(flow::judge(&config, dir, baseline(args, own.as_deref()))?);
     } else {
         domain(context, &config, args, &mut checked)?;
     }
@@ -91,6 +91,12 @@ pub(super) fn run(context: &Context, args: &CheckArgs) -> anyhow::Result<Exit> {
         Conclusion::Findings => Exit::Findings,
         Conclusion::CouldNotTell => Exit::Trouble,
     })
+}
+
+/// The baseline to compare with: the one that is named goes before the domain's own.
+fn baseline<'a>(args: &'a CheckArgs, own: Option<&'a str>) -> Option<Name<'a>> {
+    let asked = args.baseline.as_deref().map(Name::Asked);
+    asked.or(own.map(Name::Own))
 }
 
 /// A domain's memory, if it runs, and its newest session, if it has one. One that
@@ -131,9 +137,8 @@ fn domain(
     let sessions = session::list(&session::domain_dir(&config.paths.sessions, name));
     match sessions.first() {
         Some(dir) => {
-            let baseline = args.baseline.clone();
-            let baseline = baseline.or_else(|| Enrolment::baseline_of(known.as_ref(), config));
-            checked.flow = Some(flow::judge(config, dir, baseline.as_deref())?);
+            let own = Enrolment::baseline_of(known.as_ref(), config);
+            checked.flow = Some(flow::judge(config, dir, baseline(args, own.as_deref()))?);
         }
         None => checked.remarks.push(
             "the domain has no session: its call flow was not looked at ('xftrace on' begins one)"
