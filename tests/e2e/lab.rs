@@ -18,6 +18,7 @@ pub(crate) const CONFIG: &str = "\
 auto_enroll = [\"by-name-*\"]
 log.target = \"/var/log/libvirt/xftrace.log\"
 log.level = \"debug\"
+paths.baselines = \"/var/lib/libvirt/xftrace-baselines\"
 ";
 
 /// Started by the first test that asks. A static is never dropped: the lab ends

@@ -1,0 +1,247 @@
+//! No false findings: clean guests that do varied work, boot after boot, are
+//! found clean by a baseline that other boots taught and by what is in memory.
+//!
+//! A few short boots here, for each run of the tests. `make soak` is the long
+//! form: it sets [`BOOTS`] and [`MINUTES`].
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use xftrace::session::Session;
+use xftrace_lab::{Backing, Domain};
+
+use crate::lab::TestGuest;
+use crate::traced::Traced;
+
+/// Boots of each kernel that are judged.
+const BOOTS: &str = "XFTRACE_SOAK_BOOTS";
+/// How many minutes each kernel works in these, all in all.
+const MINUTES: &str = "XFTRACE_SOAK_MINUTES";
+
+/// What the guest does, see there.
+const CHORES: &str = include_str!("chores.sh");
+/// One round of it, under emulation, traced, beside other guests.
+const ROUND: Duration = Duration::from_secs(300);
+const FUNCTIONS: [&str; 8] = [
+    "sys_read",
+    "sys_write",
+    "sys_openat",
+    "sys_getdents64",
+    "sys_newfstatat",
+    "sys_connect",
+    "sys_execve",
+    "sys_finit_module",
+];
+
+/// How much is done.
+struct Plan {
+    /// Boots that are learnt from.
+    learn: u32,
+    /// Boots that are judged.
+    judge: u32,
+    /// For how long the guest works in each.
+    work: Duration,
+}
+
+impl Plan {
+    fn named() -> Plan {
+        let number = |name: &str| {
+            std::env::var(name).ok().map(|text| {
+                let number = text.parse::<u32>();
+                number.unwrap_or_else(|_| panic!("{name} is '{text}', which is no number"))
+            })
+        };
+        let judge = number(BOOTS).unwrap_or(1).max(1);
+        let work = number(MINUTES).map_or(Duration::from_secs(20), |minutes| {
+            Duration::from_secs(60) * minutes / judge
+        });
+        Plan {
+            learn: (judge / 2).max(2),
+            judge,
+            work,
+        }
+    }
+}
+
+/// A guest that is booted, traced and judged again and again.
+struct Soaked {
+    traced: Traced,
+    kernel: PathBuf,
+    baseline: String,
+    keyed: bool,
+    /// Whether there is a baseline by now.
+    learnt: bool,
+    /// A module that hooks nothing, as a file of the host's where the guest's
+    /// initramfs has none.
+    module: Option<PathBuf>,
+}
+
+impl Soaked {
+    fn enrol(name: &str, kernel: &str) -> Soaked {
+        let guest = TestGuest::define(&Domain {
+            kernel: kernel.to_owned(),
+            backing: Backing::File,
+            ..Domain::new(name)
+        });
+        let artifacts = guest.lab().artifacts(kernel).unwrap();
+        let keyed = !kernel.starts_with("stock-");
+        let baseline = format!("soak-{kernel}");
+        let functions = FUNCTIONS.join(",");
+        let mut options = vec!["--baseline", &baseline, "--functions", &functions];
+        if !keyed {
+            options.push("--plain");
+        }
+        let module = (!keyed).then(|| {
+            artifacts
+                .kernel_dir
+                .join("modules/kernel/drivers/net/dummy.ko.xz")
+        });
+        let traced = Traced::start_with(guest, &options);
+        Soaked {
+            traced,
+            kernel: artifacts.bzimage,
+            baseline,
+            keyed,
+            learnt: false,
+            module,
+        }
+    }
+
+    /// One boot's work, traced, and the session of it.
+    fn session(&self, plan: &Plan, seed: u32) -> PathBuf {
+        let guest = &self.traced;
+        if !guest.is_running().unwrap() {
+            guest.start().unwrap();
+        }
+        put(guest, "/bin/chores", CHORES.as_bytes());
+        guest
+            .run("chmod 755 /bin/chores")
+            .unwrap()
+            .success()
+            .unwrap();
+        let module = match &self.module {
+            Some(file) => {
+                let file = std::fs::read(file).unwrap_or_else(|error| panic!("{file:?}: {error}"));
+                put(guest, "/tmp/dummy.ko.xz", &file);
+                guest
+                    .run("unxz /tmp/dummy.ko.xz")
+                    .unwrap()
+                    .success()
+                    .unwrap();
+                "/tmp/dummy.ko"
+            }
+            None => "/lib/modules/calm.ko",
+        };
+        guest.on(&[]);
+        let seconds = plan.work.as_secs();
+        let command = format!("chores {seconds} {seed} {module} 2>&1");
+        let output = guest.run_for(&command, plan.work + ROUND).unwrap();
+        assert!(output.text.contains("done "), "{}", output.text);
+        self.memory_is_clean();
+        let session = guest.off().dir().to_owned();
+        guest.destroy().unwrap();
+        session
+    }
+
+    fn check(&self, args: &[&str]) -> Value {
+        let mut check = self.traced.xftrace(self.traced.dir());
+        let output = check.args(["check", "--json"]).args(args).output();
+        let output = output.expect("xftrace ran");
+        let said = String::from_utf8_lossy(&output.stderr);
+        let verdict = serde_json::from_slice(&output.stdout);
+        verdict.unwrap_or_else(|error| panic!("{error}: {said}"))
+    }
+
+    fn memory_is_clean(&self) {
+        let kernel = self.kernel.to_str().expect("a path");
+        let verdict = self.check(&["-d", self.traced.name(), "--kernel", kernel]);
+        let memory = &verdict["memory"];
+        assert_eq!(memory["conclusion"], "clean", "{memory:#}");
+        // That is told also where the domain's baseline is yet to be learnt.
+        if !self.learnt {
+            let flow = &verdict["flow"];
+            assert_eq!(flow["conclusion"], "could-not-tell", "{flow:#}");
+            let doubts = flow["doubts"].to_string();
+            assert!(doubts.contains("baseline learn soak-"), "{doubts}");
+        }
+    }
+
+    /// Nothing is found in a session, neither now nor while it was traced. Gives
+    /// the number of its calls.
+    fn is_clean(&self, session: &Path) -> u64 {
+        let path = session.to_str().expect("a path");
+        let verdict = self.check(&[path, "--baseline", &self.baseline]);
+        let flow = &verdict["flow"];
+        let findings = flow["findings"].as_array().expect("findings");
+        let counted: Vec<&Value> = findings
+            .iter()
+            .filter(|one| one["severity"] != "notice")
+            .collect();
+        assert!(counted.is_empty(), "{counted:#?}");
+        // That plain records are clean is never said.
+        let conclusion = if self.keyed {
+            "clean"
+        } else {
+            "could-not-tell"
+        };
+        assert_eq!(flow["conclusion"], conclusion, "{flow:#}");
+        let live = Session::open(session).expect("a session").findings();
+        assert_eq!(live.expect("findings"), [], "while it was traced");
+        flow["calls"].as_u64().expect("calls")
+    }
+}
+
+/// Makes a file in the guest. A command line of the agent's has 4 KiB.
+fn put(guest: &TestGuest, path: &str, bytes: &[u8]) {
+    guest.run(&format!(": >{path}")).unwrap().success().unwrap();
+    for part in bytes.chunks(1024) {
+        let hex: String = part.iter().map(|byte| format!("{byte:02x}")).collect();
+        let append = format!("echo {hex} | xxd -r -p >>{path}");
+        guest.run(&append).unwrap().success().unwrap();
+    }
+}
+
+fn stays_clean(name: &str, kernel: &str) {
+    let plan = Plan::named();
+    let mut soaked = Soaked::enrol(name, kernel);
+    let learnt: Vec<PathBuf> = (0..plan.learn)
+        .map(|seed| soaked.session(&plan, seed))
+        .collect();
+    let mut learn = soaked.traced.xftrace(soaked.traced.dir());
+    learn
+        .args(["baseline", "learn", &soaked.baseline])
+        .args(&learnt);
+    let learn = learn.assert().success();
+    println!("{}", String::from_utf8_lossy(&learn.get_output().stdout));
+
+    soaked.learnt = true;
+    let started = Instant::now();
+    let mut calls = 0;
+    for boot in 0..plan.judge {
+        let session = soaked.session(&plan, 1000 + boot);
+        calls += soaked.is_clean(&session);
+        println!(
+            "{kernel}: boot {} of {}: clean; {calls} calls so far, {:?}",
+            boot + 1,
+            plan.judge,
+            started.elapsed()
+        );
+    }
+    assert!(calls > 10_000, "{calls}");
+}
+
+#[test]
+fn a_clean_guest_stays_clean_on_linux_6_1() {
+    stays_clean("soak61", "6.1");
+}
+
+#[test]
+fn a_clean_guest_stays_clean_on_linux_6_12() {
+    stays_clean("soak612", "6.12");
+}
+
+#[test]
+fn a_clean_guest_stays_clean_on_stock_linux_6_12() {
+    stays_clean("soak612stock", "stock-6.12-cloud");
+}
