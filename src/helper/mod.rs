@@ -45,6 +45,7 @@ mod sources;
 #[cfg(test)]
 mod tests;
 mod trace;
+mod trusted;
 mod turn;
 mod watch;
 
@@ -53,3 +54,4 @@ pub(crate) use link::{Link, LinkError};
 pub use living::{find_living, Living};
 pub use run::{run, Options};
 pub(crate) use sources::Sources;
+pub use trusted::trusted;

@@ -44,6 +44,8 @@ mod view;
 pub use finding::{Check, Finding, Outcome, Report};
 pub use image::{Image, ImageFault};
 
+use std::time::Duration;
+
 use crate::kernel::btf::Btf;
 use crate::kernel::{escape, Gva, Kernel, Symbols};
 use crate::ram::{GuestRam, RamError};
@@ -56,6 +58,9 @@ use view::View;
 const MAX_TEXT: u64 = 256 << 20;
 /// The longest banner.
 const MAX_BANNER: usize = 1024;
+/// Between the two looks that a finding has to be seen in. Longer than the kernel
+/// takes to patch its own code.
+const AGAIN: Duration = Duration::from_millis(200);
 
 /// Why a kernel could not be checked at all.
 #[derive(Debug, thiserror::Error)]
@@ -146,6 +151,29 @@ pub fn check(
     // What was zeros because the file vanished is no verdict about the guest.
     ram.check()?;
     Ok(report)
+}
+
+/// The same for a guest that runs: where something is found, once more a moment later.
+/// `wait` waits so long, and says whether to go on; `None` where it was not to.
+///
+/// # Errors
+/// If nothing can be compared.
+pub fn check_running(
+    ram: &dyn GuestRam,
+    kernel: &Kernel,
+    symbols: &Symbols,
+    trusted: &Trusted,
+    wait: &mut dyn FnMut(Duration) -> bool,
+) -> Result<Option<Report>, IntegrityError> {
+    let first = check(ram, kernel, symbols, trusted)?;
+    if first.findings.is_empty() {
+        return Ok(Some(first));
+    }
+    if !wait(AGAIN) {
+        return Ok(None);
+    }
+    let second = check(ram, kernel, symbols, trusted)?;
+    Ok(Some(second.lasting(&first)))
 }
 
 /// Compares the kernel's text.

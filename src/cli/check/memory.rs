@@ -5,19 +5,17 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context as _;
 use serde::Serialize;
 
 use crate::cli::args::CheckArgs;
 use crate::cli::image::Image as Saved;
 use crate::config::Config;
 use crate::detect::Conclusion;
-use crate::helper::{attach, find_living, Living};
-use crate::integrity::{self, Finding, Image, Report, Trusted};
+use crate::helper::{attach, find_living, trusted, Living};
+use crate::integrity::{self, Finding, Report};
 use crate::kernel::{Kernel, Symbols};
 use crate::libvirt::xml::DomainXml;
 use crate::ram::GuestRam;
-use crate::symfiles::{Known, Store};
 
 /// What to say where there is nothing to compare with.
 pub(super) const NO_IMAGE: &str =
@@ -26,9 +24,6 @@ pub(super) const NO_IMAGE: &str =
 
 /// How long a kernel has to show that it lives.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// Between the two looks that a finding has to be seen in. Longer than the kernel
-/// takes to patch its own code.
-const AGAIN: Duration = Duration::from_millis(200);
 
 /// What came of it.
 #[derive(Debug, Serialize)]
@@ -52,35 +47,6 @@ impl Memory {
             report,
         }
     }
-}
-
-/// What a kernel is to be compared with: what was named, or what the store has.
-fn trusted(
-    config: &Config,
-    args: &CheckArgs,
-    kernel: &Kernel,
-    symbols: &Symbols,
-) -> anyhow::Result<Option<Trusted>> {
-    let bytes = match &args.kernel {
-        Some(path) => {
-            let (_, kernel) = Known::with_image(path)?;
-            let name = path.display();
-            Some(kernel.with_context(|| {
-                format!("{name} is no kernel that can be booted; name the guest's vmlinuz")
-            })?)
-        }
-        None => Store::at(&config.paths.symbols).image(&kernel.banner)?,
-    };
-    let Some(bytes) = bytes else {
-        return Ok(None);
-    };
-    let what = || match &args.kernel {
-        Some(path) => path.display().to_string(),
-        None => format!("the kernel in {}", config.paths.symbols.display()),
-    };
-    let trusted = Image::parse(bytes).map_err(Into::into);
-    let trusted = trusted.and_then(|image| Trusted::new(image, kernel, symbols));
-    Ok(Some(trusted.with_context(what)?))
 }
 
 /// Looks at a running domain.
@@ -114,15 +80,20 @@ fn look(
     symbols: &Symbols,
     live: bool,
 ) -> anyhow::Result<Option<Memory>> {
-    let Some(trusted) = trusted(config, args, kernel, symbols)? else {
+    let named = args.kernel.as_deref();
+    let Some(trusted) = trusted(&config.paths.symbols, named, kernel, symbols)? else {
         return Ok(None);
     };
-    let mut report = integrity::check(ram, kernel, symbols, &trusted)?;
-    if live && !report.findings.is_empty() {
-        std::thread::sleep(AGAIN);
-        report = integrity::check(ram, kernel, symbols, &trusted)?.lasting(&report);
-    }
-    Ok(Some(Memory::of(kernel, report)))
+    let report = if live {
+        let mut wait = |time| {
+            std::thread::sleep(time);
+            true
+        };
+        integrity::check_running(ram, kernel, symbols, &trusted, &mut wait)?
+    } else {
+        Some(integrity::check(ram, kernel, symbols, &trusted)?)
+    };
+    Ok(report.map(|report| Memory::of(kernel, report)))
 }
 
 /// How many notes are listed for people.
