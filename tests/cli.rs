@@ -470,6 +470,28 @@ fn baselines_and_checks_say_what_is_missing() {
     );
 }
 
+#[test]
+fn what_is_not_there_is_called_that_with_what_to_do() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, config) = host(dir.path());
+    let file = std::fs::File::create(dir.path().join("raw")).unwrap();
+    file.set_len(64 << 20).unwrap();
+    let check = |memory: &str| {
+        let mut command = xftrace();
+        command.current_dir(dir.path());
+        command.args(["--config", &config, "check", "--memory", memory]);
+        command.assert().code(2).stdout(is_empty())
+    };
+    check("nofile").stderr(
+        contains("there is no file \"nofile\"")
+            .and(contains("virsh dump --memory-only"))
+            .and(contains("running").not()),
+    );
+    // The store is made with the first kernel that is added.
+    let store = format!("{} does not exist", dir.path().join("symbols").display());
+    check("raw").stderr(contains(store).and(contains("xftrace symbols add")));
+}
+
 /// Nothing tells whether a raw image has the hole below 4 GiB in it.
 #[test]
 fn a_large_raw_image_asks_for_its_machine() {

@@ -126,6 +126,12 @@ impl Sources {
             // Of the ones that could be read, none fits.
             None if unfit > 0 => self.explain(unfit, ram)?,
             Some(text) => text,
+            None if self.places.iter().all(|place| !place.exists()) => format!(
+                "no symbols: {} does not exist; add those of the guest's kernel with 'xftrace \
+                 symbols add FILE', FILE being its vmlinuz, vmlinux, System.map or .deb, or, \
+                 where that is a file that the domain or --symbols names, put it there",
+                self.named()
+            ),
             None => format!(
                 "no symbols: there are none in {}; add those of the guest's kernel with 'xftrace \
                  symbols add FILE', FILE being its vmlinuz, vmlinux, System.map or .deb",
@@ -177,7 +183,8 @@ impl Sources {
         let mut paths = Vec::new();
         for place in &self.places {
             if !place.is_dir() {
-                paths.push(place.clone());
+                // What is not there is for `fitting` to tell.
+                paths.extend(place.exists().then(|| place.clone()));
                 continue;
             }
             let entries = std::fs::read_dir(place).into_iter().flatten().flatten();
@@ -268,6 +275,14 @@ mod tests {
     fn only_what_lies_where_it_should_is_taken() {
         let ram = VecRam::new(Layout::flat(8 << 20).unwrap());
         let dir = tempfile::tempdir().unwrap();
+        let away = dir.path().join("away");
+        let none = Sources::new(vec![away]).fitting(&ram).unwrap();
+        assert!(
+            none.found.is_empty()
+                && none.why.contains("away does not exist")
+                && none.why.contains("symbols add"),
+            "{none:?}"
+        );
         let mut sources = Sources::new(vec![dir.path().to_owned()]);
         let none = sources.fitting(&ram).unwrap();
         assert!(

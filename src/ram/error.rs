@@ -83,6 +83,15 @@ pub enum RamError {
         /// The file in /proc.
         path: PathBuf,
     },
+    /// There is no such saved image.
+    #[error(
+        "there is no file {path:?}; name an image that `virsh dump --memory-only --format elf \
+         DOMAIN FILE` has saved"
+    )]
+    NoImage {
+        /// The path as given.
+        path: PathBuf,
+    },
     /// A saved image that cannot be read.
     #[error("cannot read the memory image {path:?}: {error}")]
     Image {

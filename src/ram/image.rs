@@ -93,13 +93,18 @@ impl ImageRam {
     /// size; [`Layout::flat`] is right for what has no hole.
     ///
     /// # Errors
-    /// Those of [`BackingFile::open`]; [`RamError::Image`] where it is in no
-    /// form that can be read, or cut short.
+    /// Those of [`BackingFile::open`], but [`RamError::NoImage`] where there is no
+    /// such file; [`RamError::Image`] where it is in no form that can be read, or cut
+    /// short.
     pub fn open(
         path: &Path,
         raw: impl FnOnce(u64) -> Result<Layout, LayoutError>,
     ) -> Result<Self, RamError> {
-        let (mut file, size) = BackingFile::open(path, Access::ReadOnly)?.into_file();
+        let opened = BackingFile::open(path, Access::ReadOnly).map_err(|error| match error {
+            RamError::NotFound { path } => RamError::NoImage { path },
+            error => error,
+        })?;
+        let (mut file, size) = opened.into_file();
         let failed = |error| RamError::Image {
             path: path.to_path_buf(),
             error,
