@@ -18,8 +18,8 @@ use std::time::Duration;
 use serde::Deserialize;
 
 pub use values::{
-    parse_baseline, parse_function, parse_interval, AutoEnroll, ByteSize, LogTarget, INTERVAL_MAX,
-    INTERVAL_MIN,
+    parse_baseline, parse_function, parse_interval, AutoEnroll, ByteSize, IntegrityInterval,
+    LogTarget, INTERVAL_MAX, INTERVAL_MIN,
 };
 
 /// Where the configuration is looked for when nothing else is said.
@@ -46,6 +46,9 @@ pub struct Config {
     /// the domain names one; empty for none.
     #[serde(deserialize_with = "values::baseline")]
     pub baseline: String,
+    /// How often the kernel in a guest's memory is looked at, where the domain does
+    /// not say.
+    pub integrity_interval: IntegrityInterval,
     /// A command that is run for each finding, with it on standard input: an
     /// absolute path and arguments. Empty for none.
     #[serde(deserialize_with = "values::command")]
@@ -66,6 +69,7 @@ impl Default for Config {
             at_start: false,
             auto_enroll: AutoEnroll::default(),
             baseline: String::new(),
+            integrity_interval: IntegrityInterval(Some(Duration::from_secs(60))),
             on_finding: Vec::new(),
             paths: Paths::default(),
             limits: Limits::default(),
@@ -270,9 +274,9 @@ mod tests {
             .values()
             .map(|value| value.as_table().map_or(1, |table| table.len()))
             .sum();
-        // 6 at the top, 7 paths, 2 limits, 2 of the log: a new key must come
+        // 7 at the top, 7 paths, 2 limits, 2 of the log: a new key must come
         // into the example too.
-        assert_eq!(count, 17);
+        assert_eq!(count, 18);
     }
 
     #[test]
@@ -289,6 +293,7 @@ mod tests {
             ("auto_enroll = [\"web-[\"]", 1, "web-["),
             ("on_finding = [\"mail\", \"root\"]", 1, "absolute"),
             ("baseline = \"../x\"", 1, "baseline"),
+            ("integrity_interval = \"10ms\"", 1, "1s"),
             ("auto_enroll = \"some\"", 1, "some"),
             ("functions = [\"a b\"]", 1, "function"),
             ("x = = 1", 1, ""),

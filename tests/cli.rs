@@ -170,11 +170,13 @@ fn enrolling_says_what_is_to_be_done_next() {
     xftrace()
         .args(["-c", &uri, "--config", &config, "enroll", "plain"])
         .args(["-f", "sys_openat,sys_read", "-i", "500ms", "--at-start"])
+        .args(["--integrity-interval", "10s"])
         .assert()
         .code(0)
         .stdout(
             contains("Domain 'plain' is enrolled: functions sys_openat, sys_read")
                 .and(contains("every 500ms"))
+                .and(contains("memory checked every 10s"))
                 .and(contains("its memory is anonymous"))
                 .and(contains("virsh shutdown plain"))
                 .and(contains("Undo: xftrace unenroll plain")),

@@ -30,6 +30,8 @@ pub(super) fn run(context: &Context, args: &EnrollArgs) -> anyhow::Result<Exit> 
         wanted.baseline = Some(name.clone());
     }
 
+    wanted.integrity_interval = args.integrity_interval;
+
     if args.plain {
         let names = ftrace_names(&args.functions, wanted.symbols.as_deref());
         wanted.cmdline = Some(command_line(&names));
@@ -193,7 +195,13 @@ fn options(trace: &Trace) -> String {
         .baseline
         .as_ref()
         .map_or(String::new(), |name| format!(", judged by baseline {name}"));
-    format!("{functions}{interval}{symbols}{baseline}{start}{cmdline}")
+    let looks = trace
+        .integrity_interval
+        .map_or(String::new(), |interval| match interval.0 {
+            Some(_) => format!(", its memory checked every {interval}"),
+            None => ", its memory not checked".to_owned(),
+        });
+    format!("{functions}{interval}{symbols}{baseline}{looks}{start}{cmdline}")
 }
 
 /// Enrols the running domain as well, whose memory can be read as it is: its

@@ -2,13 +2,13 @@
 
 use std::io::Write;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::image::Image;
 use super::out::Stdout;
 use super::{client, target, Context, Exit};
 use crate::cli::args::StatusArgs;
-use crate::helper::protocol::{GuestStatus, Reply, Request, Status};
+use crate::helper::protocol::{GuestStatus, IntegrityStatus, Reply, Request, Status};
 use crate::libvirt::run_dir::RunDir;
 use crate::ram::GuestRam;
 
@@ -85,6 +85,61 @@ fn print_image(out: &mut impl Write, path: &Path, image: &Image) -> std::io::Res
     writeln!(out, "  switch   {}", image.switch())
 }
 
+/// How many findings are listed.
+const LISTED: usize = 5;
+
+/// How the guest's memory is checked, and what came of it.
+fn print_integrity(
+    out: &mut impl Write,
+    integrity: Option<&IntegrityStatus>,
+    now: SystemTime,
+) -> std::io::Result<()> {
+    let Some(integrity) = integrity else {
+        return writeln!(out, "  checked  no: integrity_interval is off");
+    };
+    let every = humantime::format_duration(Duration::from_nanos(integrity.interval_ns));
+    write!(out, "  checked  every {every}; ")?;
+    match &integrity.last {
+        None => writeln!(out, "no look yet")?,
+        Some(look) => {
+            let at = UNIX_EPOCH + Duration::from_nanos(look.wall_ns);
+            let ago = now.duration_since(at).unwrap_or_default().as_secs();
+            let found = look.findings.len() as u64 + look.not_listed;
+            let result = match (found, look.doubts.is_empty()) {
+                (0, true) => "clean".to_owned(),
+                (0, false) => "nothing found, but not all could be checked".to_owned(),
+                (found, _) => format!("findings: {found}"),
+            };
+            let cost = Duration::from_nanos(look.cpu_ns).as_secs_f64();
+            writeln!(
+                out,
+                "last {ago} s ago, in {cost:.2} s of processor time: {result}"
+            )?;
+            for finding in look.findings.iter().take(LISTED) {
+                write!(out, "           {}: {}", finding.check, finding.place)?;
+                match &finding.owner {
+                    Some(owner) => writeln!(out, ": {owner}")?,
+                    None => writeln!(out)?,
+                }
+            }
+            if found > LISTED as u64 {
+                writeln!(
+                    out,
+                    "           and {} more; 'xftrace check' lists them",
+                    found - LISTED as u64
+                )?;
+            }
+            for doubt in &look.doubts {
+                writeln!(out, "           could not tell: {doubt}")?;
+            }
+        }
+    }
+    if let Some(why) = &integrity.cannot {
+        writeln!(out, "           not now: {why}")?;
+    }
+    Ok(())
+}
+
 fn print(out: &mut impl Write, status: &Status) -> std::io::Result<()> {
     writeln!(
         out,
@@ -121,6 +176,7 @@ fn print(out: &mut impl Write, status: &Status) -> std::io::Result<()> {
             }
         }
     }
+    print_integrity(out, status.integrity.as_ref(), SystemTime::now())?;
     let Some(trace) = &status.trace else {
         writeln!(out, "  trace    off")?;
         if let Some(last) = &status.last_session {
@@ -177,4 +233,69 @@ fn print(out: &mut impl Write, status: &Status) -> std::io::Result<()> {
         counters.unstored_bytes,
         counters.resumed
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::helper::protocol::LookStatus;
+    use crate::integrity::{Check, Finding};
+
+    fn shown(integrity: Option<&IntegrityStatus>) -> String {
+        let mut out = Vec::new();
+        let now = UNIX_EPOCH + Duration::from_secs(100);
+        print_integrity(&mut out, integrity, now).expect("text");
+        String::from_utf8(out).expect("text")
+    }
+
+    #[test]
+    fn how_the_memory_is_checked_is_told_in_words() {
+        assert_eq!(shown(None), "  checked  no: integrity_interval is off\n");
+        let mut status = IntegrityStatus {
+            interval_ns: 60_000_000_000,
+            cannot: Some("there is no kernel".to_owned()),
+            looks: 0,
+            last: None,
+        };
+        assert_eq!(
+            shown(Some(&status)),
+            "  checked  every 1m; no look yet\n           not now: there is no kernel\n"
+        );
+        status.cannot = None;
+        status.last = Some(LookStatus {
+            wall_ns: 88_000_000_000,
+            cpu_ns: 163_000_000,
+            findings: Vec::new(),
+            not_listed: 0,
+            doubts: Vec::new(),
+        });
+        let line = "  checked  every 1m; last 12 s ago, in 0.16 s of processor time: ";
+        assert_eq!(shown(Some(&status)), format!("{line}clean\n"));
+        let look = status.last.as_mut().expect("a look");
+        look.doubts.push("files: no BTF".to_owned());
+        assert_eq!(
+            shown(Some(&status)),
+            format!(
+                "{line}nothing found, but not all could be checked\n           could not tell: \
+                 files: no BTF\n"
+            )
+        );
+        let look = status.last.as_mut().expect("a look");
+        look.doubts.clear();
+        look.not_listed = 1;
+        let finding = Finding {
+            check: Check::KernelText,
+            place: "vfs_read".to_owned(),
+            address: 1,
+            expected: "90".to_owned(),
+            found: "cc".to_owned(),
+            owner: Some("the module x".to_owned()),
+        };
+        look.findings = vec![finding; 6];
+        let hook = "           kernel-text: vfs_read: the module x\n".repeat(5);
+        assert_eq!(
+            shown(Some(&status)),
+            format!("{line}findings: 7\n{hook}           and 2 more; 'xftrace check' lists them\n")
+        );
+    }
 }

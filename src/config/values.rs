@@ -33,6 +33,51 @@ pub fn parse_interval(text: &str) -> Result<Duration, String> {
     Ok(interval)
 }
 
+/// How often the kernel in a guest's memory is looked at; none for not at all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IntegrityInterval(pub Option<Duration>);
+
+/// The word for not at all.
+const OFF: &str = "off";
+
+/// The shortest and the longest time between two looks.
+const LOOKS: std::ops::RangeInclusive<Duration> =
+    Duration::from_secs(1)..=Duration::from_secs(24 * 3600);
+
+impl FromStr for IntegrityInterval {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == OFF {
+            return Ok(Self(None));
+        }
+        let time = humantime::parse_duration(text).map_err(|error| {
+            format!("{text:?} is neither \"off\" nor a time such as 1m: {error}")
+        })?;
+        if !LOOKS.contains(&time) {
+            return Err(format!(
+                "{text} is out of range: between two looks are from 1s to 24h, or \"off\""
+            ));
+        }
+        Ok(Self(Some(time)))
+    }
+}
+
+impl fmt::Display for IntegrityInterval {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(time) => humantime::format_duration(time).fmt(f),
+            None => f.write_str(OFF),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for IntegrityInterval {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        text(from)
+    }
+}
+
 /// Reads the name of a baseline.
 ///
 /// # Errors
@@ -303,7 +348,26 @@ mod tests {
         fn no_text_makes_a_size_or_a_time_panic(text in ".{0,40}") {
             let _ = text.parse::<ByteSize>();
             let _ = parse_interval(&text);
+            let _ = text.parse::<IntegrityInterval>();
             let _ = parse_function(&text);
+        }
+    }
+
+    #[test]
+    fn looks_are_so_far_apart_or_off() {
+        for (text, seconds) in [("off", None), ("1s", Some(1)), ("1day", Some(86_400))] {
+            let read: IntegrityInterval = text.parse().expect(text);
+            assert_eq!(read.0, seconds.map(Duration::from_secs), "{text}");
+            assert_eq!(read.to_string(), text);
+        }
+        for (text, says) in [
+            ("0s", "1s to 24h"),
+            ("25h", "1s to 24h"),
+            ("Off", "off"),
+            ("", "1m"),
+        ] {
+            let error = text.parse::<IntegrityInterval>().expect_err(text);
+            assert!(error.contains(says), "{text}: {error}");
         }
     }
 

@@ -332,6 +332,8 @@ fn caught(session: &Session, tally: &Tally) -> Result<Vec<Finding>, SessionError
             FindingKind::Full => continue,
             // Judged above, with all that the session holds.
             FindingKind::ControlFlow(_) => continue,
+            // Of the domain, and no matter of its call flow.
+            FindingKind::Integrity(_) | FindingKind::IntegrityGone(_) => continue,
             FindingKind::TracerOff => (
                 Rule::TracerOff,
                 "tracer",

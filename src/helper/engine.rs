@@ -4,7 +4,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, Sender};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -16,10 +16,11 @@ use crate::kernel::stock::command_line;
 use crate::libvirt::enrolment::Enrolment;
 use crate::libvirt::live::LiveXml;
 use crate::libvirt::xml::DomainXml;
-use crate::session::{EndReason, Finding, FindingKind, Meta, Mode};
+use crate::session::{domain_dir, DomainFindings, EndReason, Finding, FindingKind, Meta, Mode};
 
 use super::graphs::Graphs;
 use super::notify::Notifier;
+use super::patrol::{Orders, Patrol};
 use super::protocol::{GuestStatus, Reply, Request, Status, TraceStatus};
 use super::ratelimit::RateLimit;
 use super::settle::Settling;
@@ -92,6 +93,8 @@ pub(super) struct Engine {
     unsaved: Vec<(PathBuf, Meta)>,
     unsaved_at: Instant,
     notifier: Option<Arc<Notifier>>,
+    /// Who looks at the guest's memory, where that is wanted.
+    patrol: Option<Patrol>,
 }
 
 /// Why a request could not be carried out; its text goes to the user.
@@ -115,10 +118,29 @@ impl Engine {
             guest: GuestStatus::Searching {
                 why: "not looked yet".to_owned(),
             },
+            integrity: None,
             trace: None,
             last_session: None,
         };
         let notifier = start_notifier(&config.on_finding);
+        let interval = enrolment
+            .as_ref()
+            .map_or(config.integrity_interval, |wanted| {
+                wanted.integrity_interval
+            });
+        let patrol = interval.0.and_then(|interval| {
+            let patrol = Patrol::start(Orders {
+                interval,
+                domain: domain.name.clone(),
+                uuid: domain.uuid,
+                symbols: config.paths.symbols.clone(),
+                findings: DomainFindings::at(&domain_dir(&config.paths.sessions, &domain.name)),
+                notifier: notifier.as_ref().map_or_else(Weak::new, Arc::downgrade),
+            });
+            patrol
+                .inspect_err(|error| log::error!("the guest's memory is not checked: {error}"))
+                .ok()
+        });
         let mut engine = Self {
             live: LiveXml::new(&config.paths.libvirt_run, &domain),
             domain,
@@ -143,6 +165,7 @@ impl Engine {
             unsaved: Vec::new(),
             unsaved_at: Instant::now(),
             notifier,
+            patrol,
         };
         if let Some(place) = engine.last_place() {
             engine.watch.known_at(place);
@@ -230,6 +253,9 @@ impl Engine {
         self.attend_modules();
         self.look()?;
         self.attend_boot()?;
+        if let Some(patrol) = &mut self.patrol {
+            patrol.follow(&self.watch, &self.attached.ram);
+        }
         if let Some(trace) = &mut self.trace {
             trace.drain(&self.watch)?;
             trace.attend(&self.watch);
@@ -274,7 +300,7 @@ impl Engine {
     }
 
     pub(super) fn sessions_dir(&self) -> PathBuf {
-        crate::session::domain_dir(&self.config.paths.sessions, &self.domain.name)
+        domain_dir(&self.config.paths.sessions, &self.domain.name)
     }
 
     /// Has the trace judged, where the domain or the configuration names a
@@ -428,6 +454,7 @@ impl Engine {
         let mut status = lock(&self.status);
         status.memory.clone_from(&self.attached.files);
         status.guest = guest;
+        status.integrity = self.patrol.as_mut().map(Patrol::status);
         status.trace = trace;
         status.last_session.clone_from(&self.last_session);
     }

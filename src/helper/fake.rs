@@ -102,7 +102,8 @@ impl Setting {
             ],
             ..Plan::default()
         };
-        fs::write(dir.path().join("System.map"), plan.system_map()).expect("a file");
+        fs::create_dir(dir.path().join("symbols")).expect("a directory");
+        fs::write(dir.path().join("symbols/System.map"), plan.system_map()).expect("a file");
         let planted = Plan {
             phys_text: PLANTED.0,
             ..plan.clone()
@@ -237,7 +238,7 @@ impl Drop for Setting {
 fn engine(dir: &Path, config: &Config, ram: Arc<VecRam>) -> Engine {
     let mut config = config.clone();
     config.paths.sessions = dir.join("sessions");
-    config.paths.symbols = dir.join("System.map");
+    config.paths.symbols = dir.join("symbols");
     let xml =
         format!("<domain id='1'><name>web1</name><uuid>{UUID}</uuid><memory>1</memory></domain>");
     let domain = DomainXml::parse_bytes(xml.as_bytes()).expect("a domain");

@@ -11,9 +11,10 @@
 //! buffers every few milliseconds while a trace is on, and does everything
 //! else between two rounds. Keys are handed out by a thread of their own,
 //! since noting a key waits for the disk. Where the domain or the
-//! configuration names a baseline, another thread judges what is drained (`sentry`), and one runs the
-//! command that is wanted for findings (`notify`). Connections have threads too, which
-//! only pass on what the engine says.
+//! configuration names a baseline, another thread judges what is drained (`sentry`). One
+//! looks at the kernel in the guest's memory now and then, traced or not (`patrol`), and
+//! one runs the command that is wanted for findings (`notify`). Connections have threads
+//! too, which only pass on what the engine says.
 //!
 //! The helper writes to guest memory in three places only: the key slots and the
 //! command page, and in mode plain one bit, the ring buffer's own switch. And only
@@ -34,6 +35,7 @@ mod link;
 mod living;
 mod modules;
 mod notify;
+mod patrol;
 pub mod protocol;
 mod ratelimit;
 mod requests;

@@ -1,6 +1,7 @@
-//! The command that the configuration wants run for each finding (`on_finding`).
+//! How a finding is told: to the log, and to the command that the configuration wants
+//! run for each (`on_finding`).
 //!
-//! It gets the finding as one JSON object on standard input. It is run as it
+//! The command gets the finding as one JSON object on standard input. It is run as it
 //! stands, without a shell, one at a time, by a thread of its own: neither a
 //! slow command nor a guest that is caught again and again keeps the engine
 //! from draining. Each run has so long and is then killed; there are only so
@@ -18,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
-use crate::session::{ControlFlow, Finding, FindingKind};
+use crate::session::{ControlFlow, Finding, FindingKind, FINDINGS_FILE};
 
 use super::ratelimit::{RateLimit, Verdict};
 
@@ -31,25 +32,53 @@ const WAITING: usize = 16;
 /// Runs in a minute.
 const A_MINUTE: u32 = 10;
 
-/// What the command gets.
+/// Findings that the log is told of in a minute.
+const LOGGED: u32 = 10;
+
+/// How often the log is told of findings.
+pub(super) fn log_limit() -> RateLimit {
+    RateLimit::new(LOGGED, Duration::from_secs(60))
+}
+
+/// A finding, and of whom: what the command gets.
 #[derive(serde::Serialize)]
 pub(super) struct Told<'a> {
     pub(super) domain: &'a str,
     pub(super) uuid: Uuid,
-    pub(super) session: &'a Path,
+    /// None of what was found in memory.
+    pub(super) session: Option<&'a Path>,
     #[serde(flatten)]
     pub(super) finding: &'a Finding,
 }
 
 impl Told<'_> {
     /// As one JSON object.
-    pub(super) fn json(&self) -> Vec<u8> {
+    fn json(&self) -> Vec<u8> {
         serde_json::to_vec(self).unwrap_or_default()
+    }
+
+    /// Tells the log, as often as `said` allows, and the command. Never waits.
+    pub(super) fn tell(&self, said: &mut RateLimit, notifier: Option<&Notifier>) {
+        if let Verdict::Say { dropped } = said.ask() {
+            log::warn!(
+                "domain {}: {}{}",
+                self.domain.escape_debug(),
+                serde_json::to_string(&brief(&self.finding.kind)).unwrap_or_default(),
+                if dropped > 0 {
+                    format!(" ({dropped} findings before it are in {FINDINGS_FILE} only)")
+                } else {
+                    String::new()
+                }
+            );
+        }
+        if let Some(notifier) = notifier {
+            notifier.tell(self.json());
+        }
     }
 }
 
 /// A finding as the log has it: without the call path.
-pub(super) fn brief(kind: &FindingKind) -> FindingKind {
+fn brief(kind: &FindingKind) -> FindingKind {
     match kind {
         FindingKind::ControlFlow(found) => FindingKind::ControlFlow(Box::new(ControlFlow {
             evidence: serde_json::Value::Null,

@@ -12,6 +12,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::integrity;
 use crate::libvirt::run_dir::RunDir;
 use crate::session::{Counters, Mode, QemuProcess};
 
@@ -97,6 +98,8 @@ pub struct Status {
     pub memory: Vec<PathBuf>,
     /// The guest's kernel.
     pub guest: GuestStatus,
+    /// How its memory is checked; none where it is not to be.
+    pub integrity: Option<IntegrityStatus>,
     /// The trace, where one is on.
     pub trace: Option<TraceStatus>,
     /// The newest session that is closed.
@@ -132,6 +135,34 @@ pub enum GuestStatus {
         /// In plain mode: what to boot it with for these functions.
         command_line: Option<String>,
     },
+}
+
+/// How the kernel in the guest's memory is checked.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct IntegrityStatus {
+    /// How often, nanoseconds.
+    pub interval_ns: u64,
+    /// Why it cannot be now.
+    pub cannot: Option<String>,
+    /// How many looks there were.
+    pub looks: u64,
+    /// The last one.
+    pub last: Option<LookStatus>,
+}
+
+/// A look at the guest's memory.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LookStatus {
+    /// When it was over, nanoseconds since 1970.
+    pub wall_ns: u64,
+    /// What it took of the host's processors, nanoseconds.
+    pub cpu_ns: u64,
+    /// What was found.
+    pub findings: Vec<integrity::Finding>,
+    /// Findings that there was no room for.
+    pub not_listed: u64,
+    /// Checks that could not be made, or not wholly, and why.
+    pub doubts: Vec<String>,
 }
 
 /// A trace that is on.

@@ -389,6 +389,39 @@ fn a_helper_that_takes_over_goes_on_with_the_kernel_where_it_was() {
 }
 
 #[test]
+fn the_status_says_how_often_the_memory_is_checked_and_why_it_cannot_be() {
+    let mut setting = Setting::with(|config| {
+        config.integrity_interval = "2s".parse().expect("an interval");
+    });
+    let integrity = |setting: &mut Setting| {
+        setting.engine.publish();
+        let status = lock(&setting.engine.status()).integrity.clone();
+        status.expect("a status")
+    };
+    let why = |setting: &mut Setting| integrity(setting).cannot.unwrap_or_default();
+    setting.until("a reason", |setting| why(setting).contains("symbols add"));
+    let status = integrity(&mut setting);
+    assert_eq!((status.interval_ns, status.looks), (2_000_000_000, 0));
+    // The guest is reset, and its kernel is gone until it has booted again.
+    setting.change_boot_id(9);
+    setting.engine.round().expect("a round");
+    assert!(setting.engine.watch.guest.is_none());
+    setting.engine.round().expect("a round");
+    let begun = std::time::Instant::now();
+    while !why(&mut setting).contains("not known which kernel") {
+        assert!(begun.elapsed() < Duration::from_secs(30));
+        std::thread::sleep(Duration::from_millis(3));
+    }
+    setting.until("a reason", |setting| why(setting).contains("symbols add"));
+
+    let mut off = Setting::with(|config| {
+        config.integrity_interval = "off".parse().expect("an interval");
+    });
+    off.engine.publish();
+    assert_eq!(lock(&off.engine.status()).integrity, None);
+}
+
+#[test]
 fn the_status_says_by_what_a_trace_is_judged_and_why_it_is_not() {
     let dir = tempfile::tempdir().expect("a directory");
     let mut setting = Setting::with(|config| {

@@ -19,6 +19,7 @@ use crate::session::{
 use super::clocks::Clocks;
 use super::keyring::{KeyThread, Keys};
 use super::link::{Link, LinkError};
+use super::notify::log_limit;
 use super::ratelimit::{RateLimit, Verdict};
 use super::sentry::Sentry;
 use super::watch::{wall_ns, Guest, Watch};
@@ -193,7 +194,7 @@ impl Trace {
             swapped: false,
             refused_bytes: 0,
             holes: HashSet::new(),
-            said: RateLimit::new(10, Duration::from_secs(60)),
+            said: log_limit(),
             disk_said: RateLimit::new(1, Duration::from_secs(60)),
             judging: Judging::default(),
         }

@@ -176,6 +176,19 @@ pub fn check_running(
     Ok(Some(second.lasting(&first)))
 }
 
+/// Whether the kernel has started. Until then, what a check finds says nothing. It is the
+/// guest's word, and counts as yes where it cannot be told.
+pub fn has_started(
+    ram: &dyn GuestRam,
+    kernel: &Kernel,
+    symbols: &Symbols,
+    trusted: &Trusted,
+) -> bool {
+    let btf = trusted.btf.as_ref();
+    let says = btf.and_then(|btf| crate::kernel::has_started(ram, kernel, symbols, btf));
+    says.unwrap_or(true)
+}
+
 /// Compares the kernel's text.
 fn check_text(
     view: &View<'_>,

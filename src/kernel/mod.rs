@@ -35,6 +35,7 @@ mod image;
 mod modules;
 mod paging;
 mod scan;
+mod started;
 pub mod stock;
 mod symbols;
 
@@ -45,6 +46,7 @@ pub use find::{banners, find_all, has_banner, probe, Check, FindError};
 pub use image::Kernel;
 pub use modules::{modules, Module, ModuleList, ModulesError};
 pub use paging::{Mapped, PageTables, WalkError};
+pub(crate) use started::has_started;
 pub use symbols::{
     FunctionMatch, ModuleFunction, Symbols, SymbolsError, SymbolsFault, TableFault,
     UnknownFunction, UnknownWhy,

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::xml::{Access, DomainXml, Source};
-use crate::config::Config;
+use crate::config::{Config, IntegrityInterval};
 
 /// How a domain is enrolled, with every option decided.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,6 +24,8 @@ pub struct Enrolment {
     pub symbols: Option<PathBuf>,
     /// The baseline that it is checked against.
     pub baseline: Option<String>,
+    /// How often the kernel in its memory is looked at.
+    pub integrity_interval: IntegrityInterval,
 }
 
 /// Where it says that a domain is enrolled.
@@ -50,6 +52,9 @@ impl Enrolment {
                 required: trace.required,
                 symbols: trace.symbols.clone(),
                 baseline: Self::baseline_of(Some(domain), config),
+                integrity_interval: trace
+                    .integrity_interval
+                    .unwrap_or(config.integrity_interval),
             });
         }
         config.auto_enroll.matches(&domain.name).then(|| Enrolment {
@@ -60,6 +65,7 @@ impl Enrolment {
             required: false,
             symbols: None,
             baseline: Self::baseline_of(None, config),
+            integrity_interval: config.integrity_interval,
         })
     }
 
@@ -162,6 +168,20 @@ mod tests {
         ] {
             let enrolment = Enrolment::of(&domain, &config).expect("enrolled");
             assert_eq!(enrolment.baseline.as_deref(), taken, "{domain:?}");
+        }
+        // So are the looks at its memory.
+        for (domain, taken) in [
+            (enrolled("integrity-interval='2s'"), "2s"),
+            (enrolled("integrity-interval='off'"), "off"),
+            (enrolled(""), "1m"),
+            (domain(""), "1m"),
+        ] {
+            let enrolment = Enrolment::of(&domain, &config("", "web*")).expect("enrolled");
+            assert_eq!(
+                enrolment.integrity_interval.to_string(),
+                taken,
+                "{domain:?}"
+            );
         }
     }
 }

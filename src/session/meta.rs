@@ -7,7 +7,6 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::keys::Tamper;
 use crate::ring::{RecordFormat, Written};
 
 use super::{MapId, SessionError};
@@ -225,60 +224,6 @@ impl GuestCounts {
         }
         self.last = now;
     }
-}
-
-/// Something the guest was caught at, one a line of `findings.jsonl`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Finding {
-    /// When it was noticed, host wall clock, nanoseconds since 1970.
-    pub wall_ns: u64,
-    /// What.
-    #[serde(flatten)]
-    pub kind: FindingKind,
-}
-
-/// What a [`Finding`] is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "finding", rename_all = "kebab-case")]
-pub enum FindingKind {
-    /// The guest changed what the host had put into `global_key`.
-    KeyChanged(Tamper),
-    /// Records that decode under no key, so many since the last line.
-    ForgedRecords {
-        /// How many.
-        records: u64,
-    },
-    /// The guest's tracer is not function_graph while the trace is on.
-    TracerOff,
-    /// The guest's ring buffer takes no records while the trace is on.
-    RecordingOff,
-    /// The guest's ring buffer was swapped for another one (a snapshot) while
-    /// the trace is on. Both are read; but of two swaps between two looks one
-    /// goes unseen, and what was recorded between them is out of its order.
-    BufferSwapped,
-    /// The file is as large as it may become: this is its last line, and what
-    /// is found from here on is counted only.
-    Full,
-    /// The guest's control flow is not what its baseline says.
-    ControlFlow(Box<ControlFlow>),
-}
-
-/// What [`detect`](crate::detect) found while the guest was traced.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ControlFlow {
-    /// The rule that found it.
-    pub rule: String,
-    /// How sure it is.
-    pub severity: String,
-    /// What it is about.
-    pub subject: String,
-    /// What was seen.
-    pub what: String,
-    /// How often, since it was told of last.
-    pub count: u64,
-    /// The first time, as a verdict has it.
-    #[serde(default, skip_serializing_if = "serde_json::Value::is_null")]
-    pub evidence: serde_json::Value,
 }
 
 /// What `session.json` holds.

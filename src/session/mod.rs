@@ -17,8 +17,12 @@
 //! CPUs in the order of their times; [`Follow`] does so while it grows. Nothing
 //! is held in memory that grows with the trace.
 //!
+//! Beside the sessions lies a `findings.jsonl` of the domain's own
+//! ([`DomainFindings`]), of what was found in its guest's memory.
+//!
 //! This module may use `ring` and what is before it.
 
+mod findings;
 mod follow;
 mod maps;
 mod meta;
@@ -29,11 +33,12 @@ mod settle;
 mod store;
 mod write;
 
+pub use findings::{ControlFlow, DomainFindings, Finding, FindingKind, Integrity};
 pub use follow::{Follow, Look, HELD};
 pub use maps::MapId;
 pub use meta::{
-    Boot, ClockPair, ControlFlow, Counters, EndReason, Finding, FindingKind, GuestCounts, Meta,
-    Mode, QemuProcess, State, SwitchChange, META_FILE,
+    Boot, ClockPair, Counters, EndReason, GuestCounts, Meta, Mode, QemuProcess, State,
+    SwitchChange, META_FILE,
 };
 pub use modules::{Listed, ModuleHistory, ModuleLook, UNSURE_NS};
 pub use place::{domain_dir, list, new_dir};
@@ -53,7 +58,8 @@ use crate::keys::KlogError;
 pub const KLOG_FILE: &str = "klog";
 /// The file in a session's directory that holds its call flow.
 pub const GRAPH_FILE: &str = "trace_graph.txt";
-/// The file in a session's directory that holds what the guest was caught at.
+/// The file in a session's directory, and beside a domain's sessions, that holds what
+/// the guest was caught at.
 pub const FINDINGS_FILE: &str = "findings.jsonl";
 /// The guest's list of modules, in the session's directory.
 pub const MODULES_FILE: &str = "modules.jsonl";

@@ -32,3 +32,4 @@ mod syslog;
 mod trace;
 mod traced;
 mod turns;
+mod watching;

@@ -177,6 +177,7 @@ fn status(session: Option<PathBuf>) -> Status {
         },
         memory: Vec::new(),
         guest: GuestStatus::Searching { why: "test".into() },
+        integrity: None,
         trace: session.map(trace),
         last_session: None,
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, ValueHint};
 
 use super::domain_text;
-use crate::config::{parse_baseline, parse_function, parse_interval};
+use crate::config::{parse_baseline, parse_function, parse_interval, IntegrityInterval};
 
 /// Make a domain traceable
 ///
@@ -30,6 +30,7 @@ Examples:
   xftrace enroll web1 --functions sys_execve --at-start
   xftrace enroll web1 --symbols /srv/kernels/System.map-6.1-xftrace
   xftrace enroll web1 --functions sys_openat,sys_read --baseline web
+  xftrace enroll web1 --integrity-interval 10s
   xftrace enroll web1 --functions sys_openat --plain")]
 pub struct EnrollArgs {
     /// The domain: a name, id or UUID
@@ -83,6 +84,16 @@ pub struct EnrollArgs {
     /// of 'on_finding'. 'xftrace check -d DOMAIN' takes it too.
     #[arg(long, value_name = "NAME", value_parser = parse_baseline)]
     pub baseline: Option<String>,
+
+    /// How often the kernel in the guest's memory is checked, 1s to 24h, or 'off'
+    /// [default: the configuration's, else 1m]
+    ///
+    /// As 'xftrace check' does, while the domain runs, traced or not. It takes the
+    /// kernel that the guest boots: 'xftrace symbols add' its vmlinuz or linux-image
+    /// package. What is found goes to the log, to findings.jsonl beside the domain's
+    /// sessions, and to the command of 'on_finding'; 'xftrace status' shows it.
+    #[arg(long, value_name = "TIME", value_parser = clap::value_parser!(IntegrityInterval))]
+    pub integrity_interval: Option<IntegrityInterval>,
 }
 
 /// Take out of a domain's XML what enroll put in

@@ -36,6 +36,7 @@ fn values_out_of_bounds_are_usage_errors() {
         &["on", "-d", ""],
         &["enroll"],
         &["enroll", "a", "--functions", "sys_read,,sys_open"],
+        &["enroll", "a", "--integrity-interval", "100ms"],
         &["off", "--no-copy", "-o", "x"],
         &["report"],
         &["report", "dir", "-d", "web1"],

@@ -4,11 +4,10 @@
 use std::sync::Arc;
 
 use crate::detect::Store;
-use crate::session::{Finding, FindingKind, ModuleLook, FINDINGS_FILE};
+use crate::session::{Finding, FindingKind, ModuleLook};
 
-use super::super::notify::{brief, Notifier, Told};
+use super::super::notify::{Notifier, Told};
 use super::super::protocol::JudgedStatus;
-use super::super::ratelimit::Verdict;
 use super::super::sentry::{self, Sentry};
 use super::super::watch::wall_ns;
 use super::Trace;
@@ -116,27 +115,13 @@ impl Trace {
 
     /// Notes, and logs, what the guest was caught at, and has it told.
     pub(in crate::helper) fn finding(&mut self, finding: Finding) {
-        if let Verdict::Say { dropped } = self.said.ask() {
-            log::warn!(
-                "domain {}: {}{}",
-                self.writer.meta.domain.escape_debug(),
-                serde_json::to_string(&brief(&finding.kind)).unwrap_or_default(),
-                if dropped > 0 {
-                    format!(" ({dropped} findings before it are in {FINDINGS_FILE} only)")
-                } else {
-                    String::new()
-                }
-            );
-        }
-        if let Some(notifier) = &self.judging.notifier {
-            let told = Told {
-                domain: &self.writer.meta.domain,
-                uuid: self.writer.meta.uuid,
-                session: self.writer.dir(),
-                finding: &finding,
-            };
-            notifier.tell(told.json());
-        }
+        let told = Told {
+            domain: &self.writer.meta.domain,
+            uuid: self.writer.meta.uuid,
+            session: Some(self.writer.dir()),
+            finding: &finding,
+        };
+        told.tell(&mut self.said, self.judging.notifier.as_deref());
         if let Err(error) = self.writer.finding(&finding) {
             self.cannot_store(&error);
         }

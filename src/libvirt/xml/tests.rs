@@ -40,6 +40,7 @@ fn options() -> Trace {
         at_start: true,
         symbols: Some("/srv/maps/a \"b\" & <c>".into()),
         baseline: Some("web-1".into()),
+        integrity_interval: Some("30s".parse().unwrap()),
         ..Trace::default()
     }
 }
@@ -187,6 +188,7 @@ fn enrols_and_says_what_was_there() {
     <xftrace:trace xmlns:xftrace=\"urn:xftrace:domain:1.0\" functions=\"sys_openat,sys_read\" \
              interval=\"1s 500ms\" at-start=\"yes\" \
              symbols=\"/srv/maps/a &quot;b&quot; &amp; &lt;c&gt;\" baseline=\"web-1\" \
+             integrity-interval=\"30s\" \
              before=\"no-metadata,no-backing\"/>
   </metadata>
 "
@@ -326,6 +328,7 @@ fn a_slip_in_the_metadata_costs_that_attribute_only() {
         &format!(
             "<metadata><x:trace xmlns:x='{NAMESPACE}' functions='sys_read, vfs_read' \
              interval='1ms' at-start='true' symbols='map' before='lies' later='x' baseline='../web' \
+             integrity-interval='1ms' \
              required='yes'/></metadata><memory unit"
         ),
     );
@@ -339,7 +342,14 @@ fn a_slip_in_the_metadata_costs_that_attribute_only() {
         .collect();
     assert_eq!(
         named,
-        ["interval", "at-start", "symbols", "before", "baseline"]
+        [
+            "interval",
+            "at-start",
+            "symbols",
+            "before",
+            "baseline",
+            "integrity-interval"
+        ]
     );
 }
 
@@ -536,15 +546,19 @@ fn traces() -> impl Strategy<Value = Trace> {
         any::<bool>(),
         proptest::option::of("/[a-zA-Z0-9 <>&'\"./é-]{1,30}"),
         proptest::option::of("[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,20}"),
+        proptest::option::of(prop_oneof!["off", "[1-9][0-9]?m"]),
     )
-        .prop_map(|(functions, interval, at_start, symbols, baseline)| Trace {
-            functions,
-            interval: interval.map(Duration::from_millis),
-            at_start,
-            symbols: symbols.map(Into::into),
-            baseline,
-            ..Trace::default()
-        })
+        .prop_map(
+            |(functions, interval, at_start, symbols, baseline, looks)| Trace {
+                functions,
+                interval: interval.map(Duration::from_millis),
+                at_start,
+                symbols: symbols.map(Into::into),
+                baseline,
+                integrity_interval: looks.map(|text| text.parse().unwrap()),
+                ..Trace::default()
+            },
+        )
 }
 
 proptest! {

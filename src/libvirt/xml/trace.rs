@@ -3,7 +3,7 @@
 //! ```xml
 //! <xftrace:trace xmlns:xftrace="urn:xftrace:domain:1.0" functions="sys_openat,sys_read"
 //!     interval="1s" at-start="yes" required="no" symbols="/path" baseline="web"
-//!     cmdline="ftrace=.." before="no-source,no-access"/>
+//!     integrity-interval="30s" cmdline="ftrace=.." before="no-source,no-access"/>
 //! ```
 //!
 //! Every attribute may be missing. One that makes no sense is left out and
@@ -19,7 +19,7 @@ use quick_xml::escape::escape;
 
 use super::outline::{Index, Outline, ROOT};
 use super::XmlError;
-use crate::config::{parse_baseline, parse_function, parse_interval};
+use crate::config::{parse_baseline, parse_function, parse_interval, IntegrityInterval};
 
 /// The XML namespace of xftrace's element in a domain's metadata. libvirt
 /// allows one element a namespace there.
@@ -45,6 +45,9 @@ pub struct Trace {
     /// The baseline that the domain is checked against. None: that of the
     /// configuration.
     pub baseline: Option<String>,
+    /// How often the kernel in the guest's memory is looked at. None: as the
+    /// configuration has it.
+    pub integrity_interval: Option<IntegrityInterval>,
     /// What enrolling put on the command line of the kernel that the domain
     /// boots directly.
     pub cmdline: Option<String>,
@@ -240,6 +243,7 @@ impl Trace {
             "required" => self.required = yes_or_no(value)?,
             "symbols" => self.symbols = Some(absolute(value)?),
             "baseline" => self.baseline = Some(parse_baseline(value)?),
+            "integrity-interval" => self.integrity_interval = Some(value.parse()?),
             "cmdline" => self.cmdline = Some(printable(value)?),
             "before" => self.before = Before::parse(value)?,
             _ => {}
@@ -287,6 +291,9 @@ impl Trace {
         }
         if let Some(baseline) = &self.baseline {
             add("baseline", baseline);
+        }
+        if let Some(interval) = self.integrity_interval {
+            add("integrity-interval", &interval.to_string());
         }
         if let Some(cmdline) = &self.cmdline {
             add("cmdline", cmdline);
