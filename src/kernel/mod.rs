@@ -44,7 +44,9 @@ pub(crate) use escape::escape;
 pub use executable::Executable;
 pub use find::{banners, find_all, has_banner, probe, Check, FindError};
 pub use image::Kernel;
-pub use modules::{modules, Module, ModuleList, ModulesError};
+pub use modules::{
+    is_name, modules, Kallsyms, KallsymsError, Module, ModuleFunctions, ModuleList, ModulesError,
+};
 pub use paging::{Mapped, PageTables, WalkError};
 pub(crate) use started::has_started;
 pub use symbols::{

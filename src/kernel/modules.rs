@@ -9,7 +9,10 @@
 //! BTF says which.
 //!
 //! All of it is the guest's word. A module that took itself off the list is not
-//! here; what is here is at least what the guest admits to.
+//! here; what is here is at least what the guest admits to. What its functions are
+//! called, [`kallsyms`] reads.
+
+mod kallsyms;
 
 use std::ops::Range;
 
@@ -18,6 +21,8 @@ use crate::ram::GuestRam;
 use super::btf::{Btf, BtfError};
 use super::escape::escape;
 use super::{Gva, Kernel, Symbols, WalkError};
+
+pub use kallsyms::{is_name, Kallsyms, KallsymsError, ModuleFunctions};
 
 /// More modules than any guest has.
 const MAX_MODULES: usize = 4096;
@@ -57,6 +62,8 @@ pub struct Module {
     pub code: Vec<Range<Gva>>,
     /// Where all of it lies, code and data.
     pub memory: Vec<Range<Gva>>,
+    /// Where its own table of symbols is, if it has one.
+    pub kallsyms: Option<Kallsyms>,
 }
 
 impl Module {
@@ -77,6 +84,8 @@ struct Offsets {
     list: u32,
     name: u32,
     pieces: Vec<Piece>,
+    /// Where the symbols are, if the kernel has modules' symbols.
+    kallsyms: Option<kallsyms::Offsets>,
 }
 
 /// A piece of a module's memory.
@@ -117,6 +126,7 @@ impl Offsets {
             list: module.field("list")?.offset,
             name: module.field("name")?.offset,
             pieces,
+            kallsyms: kallsyms::Offsets::of(btf).ok(),
         })
     }
 
@@ -200,10 +210,32 @@ impl ModuleList {
                 at,
                 code,
                 memory,
+                kallsyms: offsets
+                    .kallsyms
+                    .and_then(|kallsyms| kallsyms.table(ram, kernel, at)),
             });
             node = Gva(kernel.read_u64(ram, node)?);
         }
         Ok(modules)
+    }
+
+    /// Whether the kernel keeps the symbols of its modules (CONFIG_KALLSYMS).
+    pub fn has_symbols(&self) -> bool {
+        self.offsets.kallsyms.is_some()
+    }
+
+    /// The functions of a module that was on the list, by its own symbols.
+    ///
+    /// # Errors
+    /// If it has none, or they cannot be read; see [`KallsymsError::may_pass`].
+    pub fn functions(
+        &self,
+        ram: &dyn GuestRam,
+        module: &Module,
+    ) -> Result<ModuleFunctions, KallsymsError> {
+        let none = || KallsymsError::None(module.name.clone());
+        let offsets = self.offsets.kallsyms.ok_or_else(none)?;
+        kallsyms::read(ram, &self.kernel, offsets, module)
     }
 }
 

@@ -1,4 +1,5 @@
-//! Lists of modules as kernels have them, and as a hostile one would.
+//! Lists of modules and their symbols as kernels have them, and as a hostile one
+//! would.
 
 use proptest::prelude::*;
 
@@ -18,6 +19,8 @@ const SECOND: u64 = TEXT + 0x3000;
 const LIST: u64 = 8;
 const NAME: u64 = 24;
 const PIECES: u64 = 80;
+/// Where `kallsyms` is in it.
+const KALLSYMS: u64 = 136;
 
 /// `struct module` up to 6.3.
 fn layouts() -> Btf {
@@ -31,8 +34,11 @@ fn layouts() -> Btf {
         ("name", word, 192),
         ("core_layout", layout, 640),
         ("init_layout", layout, 768),
+        ("kallsyms", word, 8 * KALLSYMS as u32),
     ];
-    btf.compound(kind::STRUCT, "module", 112, &members);
+    btf.compound(kind::STRUCT, "module", 144, &members);
+    let table = [("symtab", 0, 8), ("num_symtab", 8, 4), ("strtab", 16, 8)];
+    btf.words("mod_kallsyms", 32, &table);
     btf.parse()
 }
 
@@ -44,8 +50,16 @@ fn kinds() -> Btf {
     let memory = btf.words("module_memory", 16, &[("base", 0, 8), ("size", 8, 4)]);
     let index = btf.int("int", 4);
     let all = btf.add("", kind::ARRAY << 24, 0, &[memory, index, 3]);
-    let members = [("list", list, 64), ("name", word, 192), ("mem", all, 640)];
-    btf.compound(kind::STRUCT, "module", 128, &members);
+    let members = [
+        ("list", list, 64),
+        ("name", word, 192),
+        ("mem", all, 640),
+        ("kallsyms", word, 8 * KALLSYMS as u32),
+    ];
+    btf.compound(kind::STRUCT, "module", 144, &members);
+    // With what another kernel may have in front.
+    let table = [("symtab", 8, 8), ("num_symtab", 24, 4), ("strtab", 16, 8)];
+    btf.words("mod_kallsyms", 32, &table);
     let (text, init) = (btf.name("MOD_TEXT"), btf.name("MOD_INIT_TEXT"));
     let info = kind::ENUM << 24 | 2;
     btf.add("mod_mem_type", info, 4, &[text, 0, init, 2]);
@@ -148,6 +162,8 @@ fn a_list_that_leads_nowhere_or_in_circles_is_an_error() {
         );
     }
 }
+
+mod symbols;
 
 proptest! {
     #[test]
