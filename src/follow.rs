@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::callflow::{Flow, Kernels, Limits};
 use crate::output::{Heading, Json, Sink, Text, TimeColumn, WallClock};
-use crate::session::{Boot, Follow, Look, Session, SessionError};
+use crate::session::{Boot, Follow, Look, ModulesReader, Session, SessionError};
 
 /// How often the session is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
@@ -68,7 +68,11 @@ pub fn follow(
     mut wait: impl FnMut(Duration) -> Next,
 ) -> Result<(), FollowError> {
     let clocks = Clocks(RefCell::new(session.meta.boots.clone()));
-    let kernels = Kernels::of(session)?;
+    let kernels = Kernels::default();
+    for boot in &session.meta.boots {
+        kernels.add(boot.number, session.symbols(boot)?, boot.slide);
+    }
+    let mut modules = ModulesReader::new(session.dir());
     let mut flow = Flow::new(&kernels, Limits::default());
     let mut follow = Follow::new(session)?;
     let last_cpu = session.meta.boots.last().map_or(0, |boot| boot.nr_cpus);
@@ -83,6 +87,7 @@ pub fn follow(
     let mut left = false;
     loop {
         learn(&follow.refresh()?.boots, session, &kernels, &clocks)?;
+        modules.read_on(kernels.modules())?;
         let mut written = Ok(());
         let look = follow.look(Instant::now(), &mut |item| {
             came = true;

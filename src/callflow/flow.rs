@@ -23,7 +23,7 @@ pub struct Flow<'n, N: ?Sized> {
     cpus: Vec<Cpu>,
     out: Pending<'n>,
     tally: Tally,
-    roots: Roots,
+    roots: Roots<'n>,
     limits: Limits,
     boot: Option<u32>,
     /// How many losses there were.
@@ -135,11 +135,10 @@ impl<'n, N: Names + ?Sized> Flow<'n, N> {
     pub fn tally(&mut self) -> Tally {
         let mut tally = self.tally.clone();
         let names = &mut self.names;
-        self.roots.list(&mut tally, |boot, func| {
-            let place = names.place(boot, func);
-            place
-                .entered()
-                .map_or_else(|| func.to_string(), String::from)
+        self.roots.list(&mut tally, |boot, func, told| {
+            let mut place = names.lasting(boot, func);
+            place.name.told = told;
+            place.function()
         });
         tally
     }
@@ -313,7 +312,7 @@ impl<'n, N: Names + ?Sized> Flow<'n, N> {
             CutWhy::Unreturned
         };
         let why = why.unwrap_or(unseen);
-        let func = self.names.place(at.boot, frame.func);
+        let func = self.names.place(at.boot, frame.func, frame.time);
         self.tally.cut.add(why, 1);
         let cut = cut(stack, &frame, func, why);
         self.out.push(at.event(Happening::Cut(cut)));

@@ -1,11 +1,12 @@
-//! [`Names`] from symbol files: each boot with its kernel's symbols and slide.
+//! [`Names`] from symbol files: each boot with its kernel's symbols and slide; and,
+//! of modules that these do not know, from what the guest says.
 
 use std::cell::RefCell;
 use std::ops::Range;
 
 use super::names::{Kind, Name, Names};
 use crate::kernel::{Gva, Symbols};
-use crate::session::{Session, SessionError};
+use crate::session::{GuestName, ModuleNames, ModulesReader, Session, SessionError};
 
 /// Where x86-64 loads modules, with and without RANDOMIZE_BASE: MODULES_VADDR
 /// and MODULES_END (arch/x86/include/asm/pgtable_64_types.h). The kernel's own
@@ -14,9 +15,10 @@ const MODULES: Range<u64> = 0xffff_ffff_a000_0000..0xffff_ffff_ff00_0000;
 
 /// The kernels of a guest's boots. More can be added while it is in use, for
 /// who follows a guest that may boot again.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub struct Kernels<'a> {
     boots: RefCell<Vec<(u32, Running<'a>)>>,
+    modules: ModuleNames,
 }
 
 /// A kernel as it ran in one boot.
@@ -53,15 +55,21 @@ impl<'a> Kernels<'a> {
         self.boots.borrow_mut().push((boot, running));
     }
 
-    /// Those of a session.
+    /// What the guest says of its modules, for more to be added as it comes.
+    pub fn modules(&self) -> &ModuleNames {
+        &self.modules
+    }
+
+    /// Those of a session, with the modules that it has by now.
     ///
     /// # Errors
-    /// If the symbols of one cannot be read.
+    /// If the symbols of one, or what the guest said of its modules, cannot be read.
     pub fn of(session: &'a Session) -> Result<Self, SessionError> {
         let kernels = Self::default();
         for boot in &session.meta.boots {
             kernels.add(boot.number, session.symbols(boot)?, boot.slide);
         }
+        ModulesReader::new(session.dir()).read_on(&kernels.modules)?;
         Ok(kernels)
     }
 }
@@ -81,6 +89,7 @@ impl Names for Kernels<'_> {
             module: None,
             kind: outside,
             irq_entry: false,
+            told: None,
         };
         let Some((_, kernel)) = known else {
             return nothing;
@@ -116,6 +125,10 @@ impl Names for Kernels<'_> {
             },
             None => nothing,
         }
+    }
+
+    fn told(&self, boot: u32, runtime: Gva, time: u64) -> Option<GuestName<'_>> {
+        self.modules.told(boot, runtime, time)
     }
 }
 

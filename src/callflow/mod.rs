@@ -24,7 +24,7 @@
 //! of the least used task gives way to a new one, and that is counted. This
 //! room never reads guest memory, keeps no item, and never collects a trace:
 //! it uses `ring::record` for its input, `kernel` for names, and `session` for
-//! nothing but to find these two.
+//! nothing but to find these two and what the guest says of its modules.
 
 mod edges;
 mod event;

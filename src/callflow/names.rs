@@ -2,6 +2,7 @@
 //! question about one address, a [`Place`].
 
 use crate::kernel::Gva;
+use crate::session::GuestName;
 
 /// How far behind its symbol a function's ftrace call site may lie: with
 /// CONFIG_X86_KERNEL_IBT the call comes after a 4-byte `endbr64`.
@@ -24,7 +25,8 @@ pub enum Kind {
     Outside,
 }
 
-/// What is known of one address.
+/// What is known of one address. `symbol` and `module` are what the host's own
+/// symbols say; all that judges goes by them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Name<'a> {
     /// The symbol at or before the address, and how many bytes before it.
@@ -37,6 +39,9 @@ pub struct Name<'a> {
     /// interrupt entry text (`__irqentry_text_start` to `__irqentry_text_end`), or
     /// what that calls before anything that ftrace can trace.
     pub irq_entry: bool,
+    /// What the guest says, of an address in the module area of which the host knows
+    /// no symbol. For people to read: a hostile guest says what it likes.
+    pub told: Option<GuestName<'a>>,
 }
 
 /// Resolves run-time addresses, which mean something else after each boot.
@@ -44,11 +49,22 @@ pub trait Names {
     /// What `runtime` is in the kernel of boot number `boot`. Answers for
     /// every address and every boot: hostile records ask about any.
     fn function(&self, boot: u32, runtime: Gva) -> Name<'_>;
+
+    /// What the guest says of an address in its module area, of which `function`
+    /// knows no symbol, at a time of its trace clock: modules come and go.
+    fn told(&self, boot: u32, runtime: Gva, time: u64) -> Option<GuestName<'_>> {
+        let _ = (boot, runtime, time);
+        None
+    }
 }
 
 impl<N: Names + ?Sized> Names for &N {
     fn function(&self, boot: u32, runtime: Gva) -> Name<'_> {
         (**self).function(boot, runtime)
+    }
+
+    fn told(&self, boot: u32, runtime: Gva, time: u64) -> Option<GuestName<'_>> {
+        (**self).told(boot, runtime, time)
     }
 }
 
@@ -68,6 +84,24 @@ impl<'n> Place<'n> {
         match self.name.symbol {
             Some((symbol, offset)) if offset <= ENTRY_SLACK => Some(symbol),
             _ => None,
+        }
+    }
+
+    /// The function that this address enters by the guest's word, with its module,
+    /// where the host does not know: see [`Name::told`].
+    pub fn told_entered(&self) -> Option<(&'n str, &'n str)> {
+        let told = self.name.told?;
+        let (symbol, offset) = told.symbol?;
+        (offset <= ENTRY_SLACK).then_some((symbol, told.module))
+    }
+
+    /// The function that this address enters, for people: by the host's symbols,
+    /// else `name [module?]` by the guest's word, else the address.
+    pub fn function(&self) -> String {
+        match (self.entered(), self.told_entered()) {
+            (Some(symbol), _) => symbol.to_owned(),
+            (None, Some((symbol, module))) => format!("{symbol} [{module}?]"),
+            (None, None) => self.address.to_string(),
         }
     }
 
@@ -108,8 +142,18 @@ impl<'n, N: Names + ?Sized> Resolver<'n, N> {
         }
     }
 
-    /// What is known of `address` in boot `boot`.
-    pub(super) fn place(&mut self, boot: u32, address: Gva) -> Place<'n> {
+    /// What is known of `address` in boot `boot`, and what the guest says of it at
+    /// this time.
+    pub(super) fn place(&mut self, boot: u32, address: Gva, time: u64) -> Place<'n> {
+        let mut place = self.lasting(boot, address);
+        if place.name.kind == Kind::Module && place.name.symbol.is_none() {
+            place.name.told = self.names.told(boot, address, time);
+        }
+        place
+    }
+
+    /// What does not depend on the time.
+    pub(super) fn lasting(&mut self, boot: u32, address: Gva) -> Place<'n> {
         // Fibonacci hashing: the high bits of the product depend on all bits.
         let hash = (address.0 ^ u64::from(boot)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let place = || Place {
@@ -138,6 +182,7 @@ mod tests {
             module: None,
             kind: Kind::Kernel,
             irq_entry: false,
+            told: None,
         };
         Place {
             address: Gva(0x1000 + offset),
@@ -170,6 +215,7 @@ mod tests {
                 module: None,
                 kind: Kind::Kernel,
                 irq_entry: false,
+                told: None,
             }
         }
     }
@@ -179,12 +225,12 @@ mod tests {
         let names = Counting(Cell::new(0));
         let mut resolver = Resolver::new(&names);
         for boot in [1, 2, 1, 2, 1, 2] {
-            let place = resolver.place(boot, Gva(0xffff_ffff_8100_0000));
+            let place = resolver.place(boot, Gva(0xffff_ffff_8100_0000), 1);
             assert_eq!(place.name.symbol, Some(("f", u64::from(boot))));
         }
         assert_eq!(names.0.get(), 2);
         for address in 0..100_000 {
-            assert_eq!(resolver.place(1, Gva(address)).address, Gva(address));
+            assert_eq!(resolver.place(1, Gva(address), 1).address, Gva(address));
         }
     }
 }

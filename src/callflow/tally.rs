@@ -7,8 +7,10 @@ use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
 
 use super::event::{CutWhy, UncalledWhy};
+use super::names::Place;
 use crate::kernel::Gva;
 use crate::ring::record::{ForgedWhy, Lost, LostWhy};
+use crate::session::GuestName;
 
 /// A reason that things are counted by.
 pub trait Reason: Copy + 'static {
@@ -165,6 +167,8 @@ pub struct Tally {
     pub overruns: u64,
     /// Calls of functions for which there is no symbol.
     pub unresolved: u64,
+    /// Calls of functions whose names are the guest's word alone.
+    pub told_by_guest: u64,
     /// Calls from the module area that do not come from the function around.
     pub from_modules: u64,
     /// Calls from where no kernel code belongs.
@@ -228,13 +232,16 @@ pub struct RootCount {
 
 /// Counts roots by boot, function and pid: at most so many of them.
 #[derive(Debug)]
-pub(super) struct Roots {
-    counts: HashMap<(u32, Gva, i32), u64>,
+pub(super) struct Roots<'n> {
+    counts: HashMap<Root<'n>, u64>,
     limit: usize,
     not_listed: u64,
 }
 
-impl Roots {
+/// By boot, function, what the guest calls it, and pid.
+type Root<'n> = (u32, Gva, Option<GuestName<'n>>, i32);
+
+impl<'n> Roots<'n> {
     pub(super) fn new(limit: usize) -> Self {
         Self {
             counts: HashMap::new(),
@@ -243,13 +250,14 @@ impl Roots {
         }
     }
 
-    pub(super) fn add(&mut self, boot: u32, func: Gva, pid: i32) {
+    pub(super) fn add(&mut self, boot: u32, func: &Place<'n>, pid: i32) {
         let full = self.counts.len() >= self.limit;
-        match self.counts.get_mut(&(boot, func, pid)) {
+        let root = (boot, func.address, func.name.told, pid);
+        match self.counts.get_mut(&root) {
             Some(count) => *count += 1,
             None if full => self.not_listed += 1,
             None => {
-                self.counts.insert((boot, func, pid), 1);
+                self.counts.insert(root, 1);
             }
         }
     }
@@ -261,10 +269,14 @@ impl Roots {
     }
 
     /// Writes them into `tally`, named by `name`, boots taken together.
-    pub(super) fn list(&self, tally: &mut Tally, mut name: impl FnMut(u32, Gva) -> String) {
+    pub(super) fn list(
+        &self,
+        tally: &mut Tally,
+        mut name: impl FnMut(u32, Gva, Option<GuestName<'n>>) -> String,
+    ) {
         let mut by: BTreeMap<(String, i32), u64> = BTreeMap::new();
-        for (&(boot, func, pid), count) in &self.counts {
-            *by.entry((name(boot, func), pid)).or_default() += count;
+        for (&(boot, func, told, pid), count) in &self.counts {
+            *by.entry((name(boot, func, told), pid)).or_default() += count;
         }
         tally.roots_by = by
             .into_iter()
@@ -329,6 +341,7 @@ impl Epochs {
 
 #[cfg(test)]
 mod tests {
+    use super::super::names::{Kind, Name};
     use super::*;
 
     fn epochs(of: &[u64]) -> (u64, u64, u64) {
@@ -364,13 +377,46 @@ mod tests {
     fn roots_beyond_the_limit_are_counted_though_not_listed() {
         let mut roots = Roots::new(2);
         for pid in [1, 2, 3, 1, 3] {
-            roots.add(1, Gva(7), pid);
+            roots.add(1, &place(None), pid);
         }
-        roots.add(2, Gva(7), 1);
+        roots.add(2, &place(None), 1);
         let mut tally = Tally::default();
-        roots.list(&mut tally, |_, func| func.to_string());
+        roots.list(&mut tally, |_, func, _| func.to_string());
         assert_eq!(tally.roots_of("0x7", Some(1)), 2);
         assert_eq!(tally.roots_of("0x7", None), 3);
         assert_eq!(tally.roots_not_listed, 3);
+    }
+
+    fn place(told: Option<GuestName<'_>>) -> Place<'_> {
+        Place {
+            address: Gva(7),
+            name: Name {
+                symbol: None,
+                module: None,
+                kind: Kind::Module,
+                irq_entry: false,
+                told,
+            },
+        }
+    }
+
+    #[test]
+    fn roots_at_one_place_are_told_apart_by_what_the_guest_calls_it() {
+        let named = |module| {
+            Some(GuestName {
+                module,
+                symbol: None,
+            })
+        };
+        let mut roots = Roots::new(9);
+        for told in [named("one"), named("two"), named("two")] {
+            roots.add(1, &place(told), 1);
+        }
+        let mut tally = Tally::default();
+        roots.list(&mut tally, |_, _, told| {
+            told.map_or(String::new(), |told| told.to_string())
+        });
+        assert_eq!(tally.roots_of("[one?]", None), 1);
+        assert_eq!(tally.roots_of("[two?]", None), 2);
     }
 }

@@ -58,10 +58,12 @@ pub struct Evidence {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PathStep {
-    /// The function; where no symbol is known, its address.
+    /// The function; where no symbol is known, its address. One that the guest
+    /// alone names is `name [module?]`.
     pub function: String,
     /// The return address: symbol and offset, or the address itself; none where
-    /// records do not tell it (plain).
+    /// records do not tell it (plain). Symbols of the guest's word have `[module?]`
+    /// behind them.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub caller: Option<String>,
     /// Where code runs, or is returned to, that is none of the kernel's.
@@ -128,9 +130,7 @@ impl PathStep {
             (_, Some(Kind::Module)) => Some(Mark::FromModule),
             (Kind::Kernel, Some(Kind::Kernel) | None) => None,
         };
-        let function = func
-            .entered()
-            .map_or_else(|| func.address.to_string(), str::to_owned);
+        let function = func.function();
         Self {
             function: escape(function.as_bytes()),
             caller: caller.map(site),
@@ -139,11 +139,14 @@ impl PathStep {
     }
 }
 
-/// A return address in full: where no symbol is known, the address itself.
+/// A return address in full: where no symbol is known, the address itself, with
+/// what the guest says of it.
 pub(crate) fn site(place: &Place<'_>) -> String {
-    let text = match Site::of(place) {
-        site @ Site::In(..) => site.to_string(),
-        Site::Module(Some(module)) => format!("{} [{module}]", place.address),
+    let text = match (Site::of(place), place.name.told) {
+        (site @ Site::In(..), _) => site.to_string(),
+        (Site::Module(Some(module)), _) => format!("{} [{module}]", place.address),
+        (_, Some(told)) if told.symbol.is_some() => told.to_string(),
+        (_, Some(told)) => format!("{} {told}", place.address),
         _ => place.address.to_string(),
     };
     escape(text.as_bytes())

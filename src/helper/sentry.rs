@@ -13,7 +13,7 @@
 //! that is good for, the thread takes no round, the channel fills, and the engine
 //! leaves rounds out.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::mpsc::{sync_channel, Receiver, RecvTimeoutError, SyncSender, TrySendError};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -24,7 +24,7 @@ use crate::detect::{judge, Baseline, Finding, ProfileLimits, Profiler, Severity}
 use crate::kernel::Symbols;
 use crate::output::WallClock;
 use crate::ring::record::{Item, Lost, LostWhy, What};
-use crate::session::{ModuleLook, Settling, HELD, SETTLE};
+use crate::session::{ModuleLook, ModuleSymbols, Settling, HELD, SETTLE};
 
 /// After how long what was seen is judged.
 const WINDOW: Duration = Duration::from_secs(5);
@@ -53,8 +53,17 @@ pub(super) struct Kernel {
 /// What the engine tells the thread.
 enum Message {
     Boot(Kernel),
-    Modules(ModuleLook),
+    Modules(OfModules),
     Round(Vec<Item>),
+}
+
+/// What the guest says of its modules.
+#[derive(Clone, Debug)]
+pub(super) enum OfModules {
+    /// Its list, as it is from now on.
+    List(ModuleLook),
+    /// The names of a module's functions.
+    Symbols(ModuleSymbols),
 }
 
 /// The engine's end.
@@ -62,8 +71,8 @@ pub(super) struct Sentry {
     to: Option<SyncSender<Message>>,
     from: Receiver<Finding>,
     round: Vec<Item>,
-    /// Lists of modules that found no place yet.
-    looks: Vec<ModuleLook>,
+    /// What was said of modules and found no place yet.
+    modules: VecDeque<OfModules>,
     /// How many records of which CPU were left out since the last one of it
     /// that was taken.
     missed: BTreeMap<u16, u64>,
@@ -86,7 +95,7 @@ impl Sentry {
             to: Some(to),
             from,
             round: Vec::new(),
-            looks: Vec::new(),
+            modules: VecDeque::new(),
             missed: BTreeMap::new(),
             thread: Some(thread),
         })
@@ -95,7 +104,7 @@ impl Sentry {
     /// The guest runs this kernel from now on.
     pub(super) fn boot(&mut self, kernel: Kernel) {
         self.round.clear();
-        self.looks.clear();
+        self.modules.clear();
         self.missed.clear();
         // Waits for a place: a boot is rare, and must not be missed.
         if let Some(to) = &self.to {
@@ -103,20 +112,24 @@ impl Sentry {
         }
     }
 
-    /// The guest's list of modules is this from now on.
-    pub(super) fn modules(&mut self, look: ModuleLook) {
-        self.looks.push(look);
-        self.hand_over_looks();
+    /// The guest says this of its modules.
+    pub(super) fn modules(&mut self, told: OfModules) {
+        self.modules.push_back(told);
+        self.hand_over_modules();
     }
 
     /// Never waits: what finds no place is handed over with the next round.
-    fn hand_over_looks(&mut self) {
+    fn hand_over_modules(&mut self) {
         let Some(to) = &self.to else { return };
-        while let Some(look) = self.looks.first() {
-            if to.try_send(Message::Modules(look.clone())).is_err() {
-                return;
+        while let Some(told) = self.modules.pop_front() {
+            match to.try_send(Message::Modules(told)) {
+                Ok(()) => {}
+                Err(TrySendError::Full(Message::Modules(told))) => {
+                    self.modules.push_front(told);
+                    return;
+                }
+                Err(_) => return,
             }
-            self.looks.remove(0);
         }
     }
 
@@ -150,7 +163,7 @@ impl Sentry {
 
     /// The round is over. Never waits.
     pub(super) fn end_round(&mut self) {
-        self.hand_over_looks();
+        self.hand_over_modules();
         let Some(to) = self.to.as_ref().filter(|_| !self.round.is_empty()) else {
             return;
         };
@@ -240,8 +253,13 @@ fn watch(
                 round.into_iter().for_each(|item| items.push(item));
                 None
             }
-            Ok(Message::Modules(look)) => {
+            Ok(Message::Modules(OfModules::List(look))) => {
+                names.modules().list(&look);
                 profiler.modules().push(look);
+                None
+            }
+            Ok(Message::Modules(OfModules::Symbols(symbols))) => {
+                names.modules().symbols(symbols);
                 None
             }
             Ok(Message::Boot(next)) => Some(Some(next)),
@@ -404,11 +422,11 @@ mod tests {
     fn code_that_the_guest_does_not_list_is_found_live() {
         let mut sentry = Sentry::start(Baseline::new(BANNER)).expect("a thread");
         sentry.boot(kernel());
-        sentry.modules(ModuleLook {
+        sentry.modules(OfModules::List(ModuleLook {
             boot: 1,
             since: 1,
             modules: Some(Vec::new()),
-        });
+        }));
         read(0, 5 * UNSURE_NS, MODULE)
             .into_iter()
             .for_each(|item| sentry.take(item));
@@ -473,7 +491,7 @@ mod tests {
             to: Some(to),
             from,
             round: Vec::new(),
-            looks: Vec::new(),
+            modules: VecDeque::new(),
             missed: BTreeMap::new(),
             thread: None,
         };

@@ -524,6 +524,7 @@ impl Trace {
 
     /// Ends the session: stops the keys, and closes its files.
     pub(super) fn close(mut self, end: EndReason, watch: &Watch) -> Closed {
+        self.read_last_symbols(watch);
         self.release();
         let found = self.judging.sentry.take().map(Sentry::finish);
         self.detected(&found.unwrap_or_default());

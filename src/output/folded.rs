@@ -219,9 +219,27 @@ fn task_name(task: &Task, by_pid: bool) -> String {
 }
 
 fn function_name(func: &Place<'_>) -> String {
-    match (func.entered(), func.name.symbol) {
+    let name = match (func.entered(), func.name.symbol) {
         (Some(name), _) => frame(&symbol(name)),
         (None, Some((name, offset))) => format!("{}+{offset:#x}", frame(&symbol(name))),
+        (None, None) => return told_name(func),
+    };
+    match func.name.module {
+        Some(module) => format!("{name} [{}]", frame(&symbol(module))),
+        None => name,
+    }
+}
+
+/// A function that the host knows no symbol for, by the guest's word if it has one.
+fn told_name(func: &Place<'_>) -> String {
+    match (func.told_entered(), func.name.told) {
+        (Some((name, module)), _) => {
+            format!("{} [{}?]", frame(&symbol(name)), frame(&symbol(module)))
+        }
+        (None, Some(told)) => match told.symbol {
+            Some(_) => frame(&symbol(&told.to_string())),
+            None => format!("{} {told}", func.address),
+        },
         (None, None) => func.address.to_string(),
     }
 }
@@ -247,6 +265,7 @@ mod tests {
                 module: None,
                 kind: Kind::Kernel,
                 irq_entry: false,
+                told: None,
             }
         }
     }

@@ -8,6 +8,7 @@
 //!   ring/boot1-cpu0   what was in that CPU's buffer, as it lay there
 //!   findings.jsonl    what the guest was caught at
 //!   modules.jsonl     the guest's own list of modules, whenever it changed
+//!   module-symbols.jsonl  what each of them says its functions are called
 //!   trace_graph.txt   the call flow
 //! ```
 //!
@@ -40,7 +41,10 @@ pub use meta::{
     Boot, ClockPair, Counters, EndReason, GuestCounts, Meta, Mode, QemuProcess, State,
     SwitchChange, META_FILE,
 };
-pub use modules::{Listed, ModuleHistory, ModuleLook, UNSURE_NS};
+pub use modules::{
+    GuestName, Listed, ModuleHistory, ModuleLook, ModuleNames, ModuleSymbols, ModulesReader,
+    UNSURE_NS,
+};
 pub use place::{domain_dir, list, new_dir};
 pub use read::{is_module_address, GuestCode, Items, Session};
 pub(crate) use settle::Settling;
@@ -63,6 +67,8 @@ pub const GRAPH_FILE: &str = "trace_graph.txt";
 pub const FINDINGS_FILE: &str = "findings.jsonl";
 /// The guest's list of modules, in the session's directory.
 pub const MODULES_FILE: &str = "modules.jsonl";
+/// What the modules on it say their functions are called.
+pub const MODULE_SYMBOLS_FILE: &str = "module-symbols.jsonl";
 
 /// Why a session cannot be written or read.
 #[derive(Debug, thiserror::Error)]

@@ -13,10 +13,18 @@
 //! gone when it has started, which no look may have seen, and looks come some
 //! time after what they tell. So for [`UNSURE_NS`] before and behind a change,
 //! code that is on neither list is neither listed nor unlisted.
+//!
+//! What the functions of a module are called is read once for each time that it
+//! was loaded, and noted beside the list: `module-symbols.jsonl`, which [`names`]
+//! gives names by. The two files are put together by the number of the load.
+
+mod lines;
+mod names;
+
+pub use lines::ModulesReader;
+pub use names::{GuestName, ModuleNames, ModuleSymbols};
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{self, Read};
 use std::ops::Range;
 use std::path::Path;
 
@@ -24,10 +32,14 @@ use serde::{Deserialize, Serialize};
 
 use super::{SessionError, MODULES_FILE};
 use crate::kernel::{Gva, Module};
+use lines::LineReader;
 
 /// How large the file may become, bytes: a guest can change its list as often as
 /// it likes.
 pub(super) const MODULES_LIMIT: u64 = 4 << 20;
+/// The same of the file with their symbols. All modules of a machine that has many
+/// take a few MiB.
+pub(super) const SYMBOLS_LIMIT: u64 = 32 << 20;
 /// How long before and behind a change nothing is told, of the guest's clock.
 pub const UNSURE_NS: u64 = 1_000_000_000;
 
@@ -38,6 +50,10 @@ pub struct Listed {
     pub name: String,
     /// Where its code lies: runtime addresses, each from and to.
     pub code: Vec<(u64, u64)>,
+    /// Which load of a module it is: a number that each has to itself in its
+    /// session, from 1. Sessions of before there were numbers have 0.
+    #[serde(default)]
+    pub load: u32,
 }
 
 impl Listed {
@@ -52,12 +68,14 @@ impl Listed {
     }
 }
 
-impl From<&Module> for Listed {
-    fn from(module: &Module) -> Self {
+impl Listed {
+    /// A module that was read out of the guest's memory, by the number of its load.
+    pub fn new(module: &Module, load: u32) -> Self {
         let code = module.code.iter();
         Self {
             name: module.name.clone(),
             code: code.map(|range| (range.start.0, range.end.0)).collect(),
+            load,
         }
     }
 }
@@ -118,28 +136,16 @@ impl ModuleHistory {
     /// Those of the session in this directory. A last line that is not finished is
     /// left out.
     pub(super) fn load(dir: &Path) -> Result<Self, SessionError> {
-        let path = dir.join(MODULES_FILE);
-        let file = match File::open(&path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
-            Err(error) => return Err(SessionError::io("read", path)(error)),
-        };
-        let mut text = String::new();
-        file.take(2 * MODULES_LIMIT)
-            .read_to_string(&mut text)
-            .map_err(SessionError::io("read", &path))?;
         let mut history = Self::default();
-        for line in text
-            .split_inclusive('\n')
-            .filter(|line| line.ends_with('\n'))
-        {
-            let look = serde_json::from_str(line).map_err(|cause| SessionError::Meta {
-                path: path.clone(),
-                cause,
-            })?;
-            history.push(look);
-        }
+        LineReader::new(dir, MODULES_FILE, MODULES_LIMIT).read_on(|look| history.push(look))?;
         Ok(history)
+    }
+
+    /// The highest number that a load has.
+    pub(super) fn last_load(&self) -> u32 {
+        let looks = self.0.values().flatten();
+        let listed = looks.flat_map(|look| look.modules.iter().flatten());
+        listed.map(|module| module.load).max().unwrap_or(0)
     }
 }
 
@@ -155,6 +161,7 @@ mod tests {
         let listed = |&(name, at): &(&str, u64)| Listed {
             name: name.to_owned(),
             code: vec![(at & !0xfff, at | 0xfff)],
+            load: 0,
         };
         ModuleLook {
             boot: 1,

@@ -12,10 +12,11 @@ use serde::Serialize;
 use crate::kernel::Symbols;
 use crate::ring::Chunk;
 
-use super::modules::MODULES_LIMIT;
+use super::modules::{MODULES_LIMIT, SYMBOLS_LIMIT};
 use super::store::{ChunkReader, ChunkWriter};
 use super::{
-    maps, Finding, FindingKind, MapId, Meta, ModuleLook, SessionError, FINDINGS_FILE, MODULES_FILE,
+    maps, Finding, FindingKind, MapId, Meta, ModuleHistory, ModuleLook, ModuleSymbols,
+    SessionError, FINDINGS_FILE, MODULES_FILE, MODULE_SYMBOLS_FILE,
 };
 
 /// How large `findings.jsonl` may become, bytes: a guest can change its keys as
@@ -31,6 +32,9 @@ pub struct SessionWriter {
     chunks: HashMap<u16, ChunkWriter>,
     findings: Lines,
     modules: Lines,
+    module_symbols: Lines,
+    /// The number that the load of a module had last.
+    last_load: u32,
     /// Bytes of ring files.
     size: u64,
     /// Bytes of `session.json`, as it was saved last.
@@ -69,6 +73,7 @@ impl SessionWriter {
     pub fn resume(dir: &Path) -> Result<Self, SessionError> {
         let meta = Meta::load(dir)?;
         let mut writer = Self::open(dir, meta)?;
+        writer.last_load = ModuleHistory::load(dir)?.last_load();
         for entry in fs::read_dir(dir.join("ring")).map_err(SessionError::io("read", dir))? {
             let entry = entry.map_err(SessionError::io("read", dir))?;
             writer.size += entry.metadata().map_or(0, |file| file.len());
@@ -83,6 +88,8 @@ impl SessionWriter {
             chunks: HashMap::new(),
             findings: Lines::open(dir, FINDINGS_FILE, FINDINGS_LIMIT)?,
             modules: Lines::open(dir, MODULES_FILE, MODULES_LIMIT)?,
+            module_symbols: Lines::open(dir, MODULE_SYMBOLS_FILE, SYMBOLS_LIMIT)?,
+            last_load: 0,
             size: 0,
             meta_size: 0,
             limit: u64::MAX,
@@ -99,7 +106,11 @@ impl SessionWriter {
     /// How large it is, bytes: what grows with the trace, so without the
     /// symbols and the keys.
     pub fn size(&self) -> u64 {
-        self.size + self.meta_size + self.findings.size + self.modules.size
+        self.size
+            + self.meta_size
+            + self.findings.size
+            + self.modules.size
+            + self.module_symbols.size
     }
 
     /// Sets how large it may become, bytes.
@@ -229,6 +240,22 @@ impl SessionWriter {
         };
         self.modules.note(look, &unknown)?;
         Ok(!self.modules.is_full())
+    }
+
+    /// A number for the load of a module: see [`super::Listed::load`].
+    pub fn new_load(&mut self) -> u32 {
+        self.last_load = self.last_load.saturating_add(1);
+        self.last_load
+    }
+
+    /// Notes what a module says its functions are called, as far as the file may
+    /// grow; whether it was noted. The last line says that no more are.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn module_symbols(&mut self, symbols: &ModuleSymbols) -> Result<bool, SessionError> {
+        self.module_symbols.note(symbols, &ModuleSymbols::full())?;
+        Ok(!self.module_symbols.is_full())
     }
 
     /// Writes `session.json`.

@@ -20,6 +20,7 @@ mod kaslr;
 mod keys;
 mod lab;
 mod lifecycle;
+mod modules;
 mod pause;
 mod plain;
 mod planted;

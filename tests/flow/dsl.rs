@@ -5,6 +5,7 @@ use xftrace::kernel::Gva;
 use xftrace::ring::record::{
     Call, Comm, Forged, ForgedWhy, Item, Lost, LostWhy, Return, Task, TraceFlags, What,
 };
+use xftrace::session::GuestName;
 
 /// The functions of the test kernel, 4 KiB each, from [`BASE`] on.
 const FUNCTIONS: &[&str] = &[
@@ -59,7 +60,32 @@ impl Names for Table {
             module: None,
             kind,
             irq_entry,
+            told: None,
         }
+    }
+}
+
+/// The same kernel in a guest that says of all its module area: here is `module`,
+/// and what stands at [`IN_MODULE`] is its `function`.
+#[derive(Clone, Copy)]
+pub(crate) struct Saying {
+    pub(crate) module: &'static str,
+    pub(crate) function: &'static str,
+}
+
+impl Names for Saying {
+    fn function(&self, boot: u32, runtime: Gva) -> Name<'_> {
+        Table.function(boot, runtime)
+    }
+
+    fn told(&self, _: u32, runtime: Gva, _: u64) -> Option<GuestName<'_>> {
+        Some(GuestName {
+            module: self.module,
+            symbol: runtime
+                .0
+                .checked_sub(IN_MODULE.0)
+                .map(|offset| (self.function, offset)),
+        })
     }
 }
 

@@ -2,11 +2,12 @@
 
 use std::path::Path;
 
+use xftrace::kernel::Gva;
 use xftrace::output::{Format, TimeColumn, Weight};
 use xftrace::ring::record::{ForgedWhy, Item, LostWhy, What};
 
-use crate::dsl::{address, Story, IN_MODULE, NOWHERE};
-use crate::write;
+use crate::dsl::{address, Saying, Story, IN_MODULE, NOWHERE};
+use crate::{write, write_named};
 
 const TEXT: Format = Format::Text(TimeColumn::Wall);
 
@@ -83,6 +84,38 @@ fn calls_of_tasks_on_two_cpus() {
     let folded = |weight, by_pid| Format::Folded { weight, by_pid };
     check("calls.folded", folded(Weight::OwnTime, false), &calls());
     check("calls-by-pid.folded", folded(Weight::Calls, true), &calls());
+}
+
+/// What the guest says of its modules is shown with a mark, and what it calls like
+/// the kernel's own is no function of that.
+#[test]
+fn functions_that_the_guest_alone_names() {
+    let mut story = Story::new();
+    story.on(0, 66, "sh").call("__x64_sys_read");
+    story.call_at(IN_MODULE, Gva(address("__x64_sys_read").0 + 9));
+    story.call_from("getname", Gva(IN_MODULE.0 + 0x1c)).ret();
+    story.call_from("getname", Gva(IN_MODULE.0 + 0x8000)).ret();
+    story.ret();
+    story.call_at(Gva(IN_MODULE.0 + 8), Gva(address("__x64_sys_read").0 + 9));
+    story.ret();
+    story.call_at(Gva(IN_MODULE.0 - 8), NOWHERE).ret().ret();
+    let names = Saying {
+        module: "ext4",
+        function: "vfs_read",
+    };
+    let folded = Format::Folded {
+        weight: Weight::Calls,
+        by_pid: false,
+    };
+    for (name, format) in [
+        ("modules.txt", TEXT),
+        ("modules.jsonl", Format::Json),
+        ("modules.folded", folded),
+    ] {
+        let text = write_named(format, &story.items, &names).0;
+        let titles = text.find("#      TIME").unwrap_or(0);
+        compare(name, &text[titles..]);
+    }
 }
 
 #[test]

@@ -15,7 +15,7 @@ mod time;
 use std::convert::Infallible;
 use std::time::{Duration, UNIX_EPOCH};
 
-use xftrace::callflow::Tally;
+use xftrace::callflow::{Names, Tally};
 use xftrace::output::{BootHeading, Format, Heading, WallClock};
 use xftrace::ring::record::Item;
 use xftrace::session::Mode;
@@ -70,10 +70,13 @@ fn readable(items: &[Item]) -> impl Iterator<Item = Result<Item, Infallible>> + 
 }
 
 fn write(format: Format, items: &[Item]) -> (String, Tally) {
+    write_named(format, items, &dsl::Table)
+}
+
+/// The same with other names for the addresses.
+fn write_named(format: Format, items: &[Item], names: &impl Names) -> (String, Tally) {
     let mut out = Vec::new();
-    let tally = format.write(&mut out, &heading(), &Clock, &dsl::Table, || {
-        readable(items)
-    });
+    let tally = format.write(&mut out, &heading(), &Clock, names, || readable(items));
     let text = String::from_utf8(out).expect("output is UTF-8");
     (text, tally.expect("writing to memory does not fail"))
 }

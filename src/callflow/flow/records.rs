@@ -15,8 +15,8 @@ impl<'n, N: Names + ?Sized> Flow<'n, N> {
         let stack = self.arrive(at, &call.task);
         self.tally.calls += 1;
         Epochs::note(&mut self.tally.epochs, call.epoch);
-        let func = self.names.place(at.boot, call.func);
-        let caller = self.names.place(at.boot, call.caller);
+        let func = self.names.place(at.boot, call.func, at.time);
+        let caller = self.names.place(at.boot, call.caller, at.time);
         self.unwind(stack, at, call.depth.saturating_add(1), None);
         let interrupts = call.flags.irqs_off() || call.flags.hardirq() || call.flags.nmi();
         if !(interrupts && self.tasks.at(stack).may_be_returning(call.depth)) {
@@ -34,7 +34,7 @@ impl<'n, N: Names + ?Sized> Flow<'n, N> {
             .below(call.depth)
             .map_or(0, |frame| frame.depth.saturating_add(1));
         let parent = task.around(call.depth).map(|frame| frame.func);
-        let around = parent.map(|func| self.names.place(at.boot, func));
+        let around = parent.map(|func| self.names.place(at.boot, func, at.time));
         // As with returns, the kernel counts a call's depth some time before it
         // writes the record of the call (function_graph_enter): the calls of an
         // interrupt that comes in between are one deeper than those told of.
@@ -44,11 +44,14 @@ impl<'n, N: Names + ?Sized> Flow<'n, N> {
         if call.depth == 0 {
             task.blind = None;
             self.tally.roots += 1;
-            self.roots.add(at.boot, call.func, call.task.pid);
+            self.roots.add(at.boot, &func, call.task.pid);
         }
         let origin = Origin::judge(&caller, call.depth, around.as_ref());
         self.tally.gaps += u64::from(gap);
-        self.tally.unresolved += u64::from(func.name.symbol.is_none());
+        let name = &func.name;
+        let told = name.told.is_some_and(|told| told.symbol.is_some());
+        self.tally.told_by_guest += u64::from(told);
+        self.tally.unresolved += u64::from(name.symbol.is_none() && !told);
         self.tally.from_modules += u64::from(origin == Origin::Module);
         self.tally.from_outside += u64::from(origin == Origin::Outside);
 
@@ -97,7 +100,7 @@ impl<'n, N: Names + ?Sized> Flow<'n, N> {
         let stack = self.arrive(at, &ret.task);
         self.tally.returns += 1;
         Epochs::note(&mut self.tally.epochs, ret.epoch);
-        let func = self.names.place(at.boot, ret.func);
+        let func = self.names.place(at.boot, ret.func, at.time);
         self.unwind(stack, at, ret.depth.saturating_add(1), None);
         if self.tasks.at(stack).stands_on(ret.func) {
             self.cut_innermost(stack, at, ret.depth, None);
@@ -152,10 +155,11 @@ impl<'n, N: Names + ?Sized> Flow<'n, N> {
                 closed.id = Some(frame.id);
                 closed.spent.own = total.map(|total| total.saturating_sub(frame.below));
                 if frame.func != ret.func {
-                    closed.fit = Fit::OtherFunction(self.names.place(at.boot, frame.func));
+                    closed.fit =
+                        Fit::OtherFunction(self.names.place(at.boot, frame.func, frame.time));
                     self.tally.other_function += 1;
                 } else if frame.caller != ret.caller && ret.caller.0 != 0 {
-                    closed.fit = Fit::OtherCaller(self.names.place(at.boot, ret.caller));
+                    closed.fit = Fit::OtherCaller(self.names.place(at.boot, ret.caller, at.time));
                     self.tally.other_caller += 1;
                 }
                 self.tally.closed += 1;
@@ -210,7 +214,7 @@ impl<'n, N: Names + ?Sized> Flow<'n, N> {
             loss.open = task
                 .frames
                 .iter()
-                .map(|frame| names.place(at.boot, frame.func))
+                .map(|frame| names.place(at.boot, frame.func, frame.time))
                 .collect();
         }
         self.out.push(at.event(Happening::Lost(Box::new(loss))));

@@ -14,6 +14,7 @@ impl Names for Nameless {
             module: None,
             kind: Kind::Kernel,
             irq_entry: false,
+            told: None,
         }
     }
 }

@@ -4,11 +4,11 @@
 use std::sync::Arc;
 
 use crate::detect::Store;
-use crate::session::{Finding, FindingKind, ModuleLook};
+use crate::session::{Finding, FindingKind, ModuleLook, ModuleSymbols};
 
 use super::super::notify::{Notifier, Told};
 use super::super::protocol::JudgedStatus;
-use super::super::sentry::{self, Sentry};
+use super::super::sentry::{self, OfModules, Sentry};
 use super::super::watch::wall_ns;
 use super::Trace;
 
@@ -30,7 +30,14 @@ impl Judging {
     /// The guest's list of modules is this from now on.
     pub(super) fn modules(&mut self, look: ModuleLook) {
         if let Some(sentry) = &mut self.sentry {
-            sentry.modules(look);
+            sentry.modules(OfModules::List(look));
+        }
+    }
+
+    /// This is what a module says its functions are called.
+    pub(super) fn module_symbols(&mut self, symbols: ModuleSymbols) {
+        if let Some(sentry) = &mut self.sentry {
+            sentry.modules(OfModules::Symbols(symbols));
         }
     }
 }

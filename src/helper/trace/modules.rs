@@ -1,11 +1,16 @@
 //! The guest's own list of modules, looked at while it is traced.
+//!
+//! The list is read ten times a second. The symbols of a module are read once for
+//! each time that it was loaded, a module at a time, so that the ring buffers need
+//! not wait: what that takes is a tenth of the engine's time at most.
 
+use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use crate::kernel::btf::Btf;
-use crate::kernel::{ModuleList, ModulesError};
+use crate::kernel::{Gva, Module, ModuleList, ModulesError};
 use crate::ram::GuestRam;
-use crate::session::{Listed, ModuleLook, SETTLE};
+use crate::session::{Listed, ModuleLook, ModuleSymbols, SETTLE};
 
 use super::super::watch::{Guest, Watch};
 use super::{Trace, HOLD_AFTER};
@@ -17,6 +22,12 @@ const _: () = assert!(LOOK_EVERY.as_millis() * 2 < SETTLE.as_millis());
 /// So many looks one after another that fail, and the list is not known any more.
 /// One that fails may have met a change.
 const FAILURES: u32 = 4;
+/// How often a module's symbols are tried, a look apart.
+const TRIES: u32 = 5;
+/// Of the engine's time, reading symbols takes one part in so many.
+const SHARE: u32 = 10;
+/// How long the symbols that are left may take when the trace ends.
+const LAST: Duration = Duration::from_millis(500);
 
 /// The list of one boot.
 pub(super) struct Modules {
@@ -25,6 +36,23 @@ pub(super) struct Modules {
     last: Option<ModuleLook>,
     looked: Option<Instant>,
     failures: u32,
+    /// The modules that were on it last, with the numbers of their loads, by where
+    /// their structures are.
+    loads: HashMap<Gva, (Module, u32)>,
+    /// Those whose symbols are to be read.
+    unread: VecDeque<Unread>,
+    /// Until when no symbols are read, for others to have their share.
+    rest: Option<Instant>,
+    /// Nothing of symbols is kept: the kernel has none, or the session no room.
+    nameless: bool,
+}
+
+/// A module whose symbols are to be read.
+struct Unread {
+    module: Module,
+    load: u32,
+    tries: u32,
+    after: Option<Instant>,
 }
 
 impl Modules {
@@ -35,12 +63,7 @@ impl Modules {
             .map_err(ModulesError::from)
             .and_then(|btf| ModuleList::of(&guest.kernel, &guest.symbols, &btf));
         match list {
-            Ok(list) => Some(Self {
-                list,
-                last: None,
-                looked: None,
-                failures: 0,
-            }),
+            Ok(list) => Some(Self::new(list)),
             Err(why) => {
                 log::info!("code of the guest's modules is told by symbols alone: {why}");
                 None
@@ -48,9 +71,32 @@ impl Modules {
         }
     }
 
+    fn new(list: ModuleList) -> Self {
+        let nameless = !list.has_symbols();
+        if nameless {
+            log::info!("the guest's kernel keeps no symbols of its modules (CONFIG_KALLSYMS)");
+        }
+        Self {
+            list,
+            last: None,
+            looked: None,
+            failures: 0,
+            loads: HashMap::new(),
+            unread: VecDeque::new(),
+            rest: None,
+            nameless,
+        }
+    }
+
     /// Looks, if it is time to. The list where it has changed, `None` in it where it
-    /// can be read no more.
-    fn look(&mut self, ram: &dyn GuestRam, boot: u32, since: u64) -> Option<ModuleLook> {
+    /// can be read no more. `number` gives a number to a load that is new.
+    fn look(
+        &mut self,
+        ram: &dyn GuestRam,
+        boot: u32,
+        since: u64,
+        number: impl FnMut() -> u32,
+    ) -> Option<ModuleLook> {
         if self.looked.is_some_and(|at| at.elapsed() < LOOK_EVERY) {
             return None;
         }
@@ -58,7 +104,7 @@ impl Modules {
         let modules = match self.list.read(ram) {
             Ok(modules) => {
                 self.failures = 0;
-                Some(modules.iter().map(Listed::from).collect())
+                Some(self.numbered(modules, number))
             }
             Err(error) => {
                 self.failures = self.failures.saturating_add(1);
@@ -83,11 +129,72 @@ impl Modules {
         self.last = Some(look.clone());
         Some(look)
     }
+
+    /// Gives each module the number of its load. One that is not the same in all
+    /// was loaded anew, or has come a step further in that: its symbols are others.
+    fn numbered(&mut self, modules: Vec<Module>, mut number: impl FnMut() -> u32) -> Vec<Listed> {
+        let mut before = std::mem::take(&mut self.loads);
+        let mut listed = Vec::with_capacity(modules.len());
+        for module in modules {
+            let known = before.remove(&module.at);
+            let load = match known.filter(|(known, _)| *known == module) {
+                Some((_, load)) => load,
+                None => {
+                    let load = number();
+                    if !self.nameless {
+                        self.unread.push_back(Unread {
+                            module: module.clone(),
+                            load,
+                            tries: 0,
+                            after: None,
+                        });
+                    }
+                    load
+                }
+            };
+            listed.push(Listed::new(&module, load));
+            self.loads.insert(module.at, (module, load));
+        }
+        let loads = &self.loads;
+        self.unread.retain(|unread| {
+            let now = loads.get(&unread.module.at);
+            now.is_some_and(|(_, load)| *load == unread.load)
+        });
+        listed
+    }
+
+    /// Reads the symbols of the module whose turn it is, if it is time to.
+    fn symbols(&mut self, ram: &dyn GuestRam) -> Option<ModuleSymbols> {
+        let now = Instant::now();
+        if self.rest.is_some_and(|until| now < until) {
+            return None;
+        }
+        let mut unread = self.unread.pop_front()?;
+        if unread.after.is_some_and(|after| now < after) {
+            self.unread.push_back(unread);
+            return None;
+        }
+        let (load, name) = (unread.load, unread.module.name.as_str());
+        let symbols = match self.list.functions(ram, &unread.module) {
+            Ok(read) => Some(ModuleSymbols::read(load, name, read)),
+            Err(why) if why.may_pass() && unread.tries < TRIES => {
+                unread.tries += 1;
+                unread.after = Some(now + LOOK_EVERY);
+                self.unread.push_back(unread);
+                None
+            }
+            Err(why) => Some(ModuleSymbols::unread(load, name, why.to_string())),
+        };
+        let took = now.elapsed();
+        self.rest = now.checked_add(took.saturating_mul(SHARE));
+        symbols
+    }
 }
 
 impl Trace {
-    /// Notes the guest's list of modules where it has changed. A guest that has
-    /// gone silent may be none any more.
+    /// Notes the guest's list of modules where it has changed, and what they say
+    /// their functions are called. A guest that has gone silent may be none any
+    /// more.
     pub(super) fn look_at_modules(&mut self, watch: &Watch) {
         let Some(live) = &mut self.live else { return };
         if watch.silent() > HOLD_AFTER {
@@ -98,23 +205,76 @@ impl Trace {
             None => watch.heartbeat().map(|beat| beat.clock),
         };
         let boot = self.writer.meta.boots.last().map_or(1, |boot| boot.number);
+        let writer = &mut self.writer;
         let look = live
             .modules
             .as_mut()
             .zip(clock)
-            .and_then(|(modules, clock)| modules.look(&*self.ram, boot, clock));
-        let Some(look) = look else { return };
+            .and_then(|(modules, clock)| {
+                modules.look(&*self.ram, boot, clock, || writer.new_load())
+            });
+        if let Some(look) = look {
+            self.note_modules(look);
+        }
+        self.read_module_symbols();
+    }
+
+    fn note_modules(&mut self, look: ModuleLook) {
         match self.writer.modules(&look) {
             Ok(true) => self.judging.modules(look),
             // Nothing is known from here on, to those who judge as little as on disk.
             Ok(false) => {
-                live.modules = None;
+                if let Some(live) = &mut self.live {
+                    live.modules = None;
+                }
                 self.judging.modules(ModuleLook {
                     modules: None,
                     ..look
                 });
             }
             Err(error) => self.cannot_store(&error),
+        }
+    }
+
+    /// Reads the symbols of one module and notes them, if there is one and it is
+    /// time to.
+    fn read_module_symbols(&mut self) {
+        let Some(modules) = self.live.as_mut().and_then(|live| live.modules.as_mut()) else {
+            return;
+        };
+        let Some(symbols) = modules.symbols(&*self.ram) else {
+            return;
+        };
+        match self.writer.module_symbols(&symbols) {
+            Ok(true) => self.judging.module_symbols(symbols),
+            Ok(false) => {
+                log::warn!(
+                    "the session has no room for more symbols of the guest's modules; functions \
+                     of those that are loaded from now on are not named"
+                );
+                modules.nameless = true;
+                modules.unread.clear();
+            }
+            Err(error) => self.cannot_store(&error),
+        }
+    }
+
+    /// Reads the symbols that are left, now that the trace ends and nothing has to
+    /// be drained.
+    pub(super) fn read_last_symbols(&mut self, watch: &Watch) {
+        let begun = Instant::now();
+        while watch.silent() <= HOLD_AFTER && begun.elapsed() < LAST {
+            let modules = self.live.as_mut().and_then(|live| live.modules.as_mut());
+            match modules {
+                Some(modules) if !modules.unread.is_empty() => {
+                    modules.rest = None;
+                    for unread in &mut modules.unread {
+                        unread.after = None;
+                    }
+                }
+                _ => return,
+            }
+            self.read_module_symbols();
         }
     }
 }

@@ -204,6 +204,30 @@ pub(super) struct Func<'a> {
     addr: Hex,
     #[serde(skip_serializing_if = "Option::is_none")]
     area: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    guest_says: Option<GuestSays<'a>>,
+}
+
+/// What the guest says of an address that the host knows no symbol for.
+#[derive(Serialize)]
+struct GuestSays<'a> {
+    module: Cow<'a, str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    symbol: Option<Cow<'a, str>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    offset: Option<u64>,
+}
+
+impl<'a> GuestSays<'a> {
+    fn new(place: &Place<'a>) -> Option<Self> {
+        let told = place.name.told?;
+        let (name, offset) = told.symbol.unzip();
+        Some(Self {
+            module: symbol(told.module),
+            symbol: name.map(symbol),
+            offset,
+        })
+    }
 }
 
 impl<'a> Func<'a> {
@@ -213,6 +237,7 @@ impl<'a> Func<'a> {
             module: place.name.module.map(symbol),
             addr: Hex::from(place.address),
             area: area(place),
+            guest_says: GuestSays::new(place),
         }
     }
 }
@@ -227,6 +252,8 @@ pub(super) struct Address<'a> {
     addr: Hex,
     #[serde(skip_serializing_if = "Option::is_none")]
     area: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    guest_says: Option<GuestSays<'a>>,
 }
 
 impl<'a> Address<'a> {
@@ -238,6 +265,7 @@ impl<'a> Address<'a> {
             module: place.name.module.map(symbol),
             addr: Hex::from(place.address),
             area: area(place),
+            guest_says: GuestSays::new(place),
         }
     }
 }

@@ -111,33 +111,42 @@ pub(super) fn push_name(out: &mut Vec<u8>, task: &Task, unsure: bool) {
 
 /// A function by the address it is entered at.
 pub(super) fn push_function(out: &mut Vec<u8>, func: &Place<'_>) {
-    match func.entered() {
+    let symbol = func.entered();
+    let told = || func.told_entered().map(|(symbol, _)| symbol);
+    match symbol.or_else(told) {
         Some(symbol) => push_guest(out, symbol.as_bytes(), SYMBOL_WIDTH),
         None => return push_place(out, func),
     }
     push_module(out, func);
 }
 
-/// A symbol's module, as the kernel's `%ps` has it.
+/// A symbol's module, as the kernel's `%ps` has it; with a question mark where it
+/// is the guest's word.
 fn push_module(out: &mut Vec<u8>, place: &Place<'_>) {
-    if let Some(module) = place.name.module {
+    let told = place.name.told.map(|told| (told.module, true));
+    if let Some((module, asked)) = place.name.module.map(|module| (module, false)).or(told) {
         out.extend_from_slice(b" [");
         push_guest(out, module.as_bytes(), SYMBOL_WIDTH);
-        out.push(b']');
+        out.extend_from_slice(if asked { b"?]" } else { b"]" });
     }
 }
 
 /// An address as `symbol+0x1c`; without a symbol as a number, and marked.
 pub(super) fn push_place(out: &mut Vec<u8>, place: &Place<'_>) {
-    match (place.name.symbol, place.name.kind) {
-        (Some((symbol, offset)), _) => {
+    let told = place.name.told;
+    match place.name.symbol.or(told.and_then(|told| told.symbol)) {
+        Some((symbol, offset)) => {
             push_guest(out, symbol.as_bytes(), SYMBOL_WIDTH);
             out.push(b'+');
             push_hex(out, offset);
             push_module(out, place);
             return;
         }
-        (None, _) => push_hex(out, place.address.0),
+        None => push_hex(out, place.address.0),
+    }
+    if told.is_some() {
+        push_module(out, place);
+        return;
     }
     out.extend_from_slice(match place.name.kind {
         Kind::Kernel => b" [no symbol]",
@@ -151,6 +160,7 @@ mod tests {
     use super::*;
     use crate::callflow::Name;
     use crate::kernel::Gva;
+    use crate::session::GuestName;
 
     fn text(push: impl FnOnce(&mut Vec<u8>)) -> String {
         let mut out = Vec::new();
@@ -210,6 +220,7 @@ mod tests {
                 module,
                 kind,
                 irq_entry: false,
+                told: None,
             },
         };
         let both = |place: Place<'_>| {
@@ -258,6 +269,48 @@ mod tests {
         ] {
             let shown = format!("0xffffffffc0000020 [{mark}]");
             assert_eq!(both(place(None, None, kind)), (shown.clone(), shown));
+        }
+    }
+
+    #[test]
+    fn what_the_guest_says_is_marked_and_never_instead_of_what_the_host_knows() {
+        let place = |symbol, module, told| Place {
+            address: Gva(0xffff_ffff_c000_0020),
+            name: Name {
+                symbol,
+                module,
+                kind: Kind::Module,
+                irq_entry: false,
+                told: Some(GuestName {
+                    module: "evil",
+                    symbol: told,
+                }),
+            },
+        };
+        for (place, function, shown) in [
+            (
+                place(None, None, Some(("f", 4))),
+                "f [evil?]",
+                "f+0x4 [evil?]",
+            ),
+            (
+                place(None, None, Some(("f", 5))),
+                "f+0x5 [evil?]",
+                "f+0x5 [evil?]",
+            ),
+            (
+                place(None, None, None),
+                "0xffffffffc0000020 [evil?]",
+                "0xffffffffc0000020 [evil?]",
+            ),
+            (
+                place(Some(("g", 0)), Some("ext4"), Some(("f", 0))),
+                "g [ext4]",
+                "g+0x0 [ext4]",
+            ),
+        ] {
+            assert_eq!(text(|out| push_function(out, &place)), function);
+            assert_eq!(text(|out| push_place(out, &place)), shown);
         }
     }
 

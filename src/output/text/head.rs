@@ -147,6 +147,10 @@ fn counters(out: &mut impl Write, heading: &Heading, tally: &Tally) -> io::Resul
         ),
         ("calls of functions without a symbol", tally.unresolved),
         (
+            "calls of functions that the guest alone names",
+            tally.told_by_guest,
+        ),
+        (
             "calls that the guest's ftrace found too deep",
             tally.overruns,
         ),
@@ -215,8 +219,10 @@ fn legend(out: &mut impl Write, time: TimeColumn) -> io::Result<()> {
           # * 10 ms, # 1 ms, ! 100 us, + 10 us.\n\
           # ==========> an interrupt or fault begins; <========== it has ended.\n\
           # called from: the return address, shown for roots and where it does not lie in the\n\
-          # function around. [module]: in the module area, which System.map does not cover;\n\
+          # function around. [module]: in the module area, and nothing is known of it;\n\
           # [outside]: where no kernel code belongs.\n\
+          # f [ext4?]: function and module are the guest's own word, read from its memory;\n\
+          # f [ext4]: they are from the symbols on the host.\n\
           # !! marks what cannot be right in a sound trace, what was forged, and what was lost.\n",
     )
 }

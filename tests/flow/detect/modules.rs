@@ -1,10 +1,12 @@
 //! Code in the module area: whether it was learnt, and whether the guest's own list
 //! of modules shows it.
 
+use xftrace::callflow::Names;
 use xftrace::detect::{profile_with, Profiler};
 use xftrace::session::{Listed, ModuleHistory, ModuleLook, UNSURE_NS};
 
 use super::*;
+use crate::dsl::Saying;
 
 #[test]
 fn a_call_from_a_module_is_found_unless_it_was_learnt() {
@@ -44,9 +46,19 @@ fn a_function_in_a_module_is_found_as_a_callee() {
 /// A guest with a list of modules from the beginning on. Its records begin when
 /// the list is old enough to tell.
 fn with_list(items: &[Item], code: &[(u64, u64)]) -> Profile<'static> {
+    with_list_and_names(items, code, &Table)
+}
+
+/// The same where the addresses have these names.
+fn with_list_and_names<'n>(
+    items: &[Item],
+    code: &[(u64, u64)],
+    names: &'n impl Names,
+) -> Profile<'n> {
     let listed = |&range| Listed {
         name: "ext4".to_owned(),
         code: vec![range],
+        load: 1,
     };
     let mut history = ModuleHistory::default();
     history.push(ModuleLook {
@@ -58,7 +70,7 @@ fn with_list(items: &[Item], code: &[(u64, u64)]) -> Profile<'static> {
     *profiler.modules() = history;
     let mut items = items.to_vec();
     items.iter_mut().for_each(|item| item.time += 2 * UNSURE_NS);
-    let all = profile_with(profiler, readable(&items), &Table, &[0, 1]);
+    let all = profile_with(profiler, readable(&items), names, &[0, 1]);
     all.unwrap_or_else(|never| match never {}).0
 }
 
@@ -119,4 +131,54 @@ fn a_learnt_module_is_no_leave_for_code_that_is_not_listed() {
     assert_eq!(judged(&[], &module), [Rule::UnlistedModule]);
     // As a guest with BPF programs is learnt.
     assert_eq!(judged(&[], &learnt(&[])), []);
+}
+
+/// A module may call itself and its functions what it likes: like a function of the
+/// kernel, like what Ftrace puts on the stack, like a module that was learnt.
+#[test]
+fn what_the_guest_calls_a_module_changes_no_verdict() {
+    let around = [(IN_MODULE.0 - 0x100, IN_MODULE.0 + 0x100)];
+    let calm = learn(&clean());
+    let mut learnt = Vec::new();
+    for function in ["vfs_read", "return_to_handler", "x64_sys_call", "f"] {
+        for module in ["ext4", "evil"] {
+            let names = Saying { module, function };
+            let shown = |found: &[Finding]| -> Vec<String> {
+                let lines = found.iter().map(|found| {
+                    let Finding {
+                        rule,
+                        severity,
+                        what,
+                        count,
+                        ..
+                    } = found;
+                    format!("{rule:?} {severity:?} {} {what} {count}", found.subject)
+                });
+                lines.collect()
+            };
+            for code in [&around[..], &[]] {
+                let nameless = with_list(&hooked(), code);
+                let named = with_list_and_names(&hooked(), code, &names);
+                for known in [None, Some(&calm)] {
+                    assert_eq!(
+                        shown(&judge(&named, known, &Clock)),
+                        shown(&judge(&nameless, known, &Clock)),
+                        "{function} [{module}]"
+                    );
+                }
+                let found = judge(&named, Some(&calm), &Clock);
+                let paths = found.iter().filter_map(|found| found.evidence.as_ref());
+                let marked = Some(format!("{function}+0x0 [{module}?]"));
+                let steps: Vec<_> = paths.flat_map(|evidence| &evidence.path).collect();
+                assert!(steps.iter().any(|step| step.caller == marked), "{steps:?}");
+            }
+            let named = with_list_and_names(&hooked(), &around, &names);
+            learnt.push(
+                Baseline::from_profile(KERNEL, &named, &Default::default()).expect("a baseline"),
+            );
+        }
+    }
+    let nameless = with_list(&hooked(), &around);
+    let nameless = Baseline::from_profile(KERNEL, &nameless, &Default::default());
+    assert_eq!(learnt, vec![nameless.expect("a baseline"); learnt.len()]);
 }
