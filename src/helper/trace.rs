@@ -25,6 +25,7 @@ use super::sentry::Sentry;
 use super::watch::{wall_ns, Guest, Watch};
 
 mod found;
+mod loads;
 mod modules;
 
 use found::Judging;

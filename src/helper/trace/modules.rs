@@ -4,15 +4,15 @@
 //! each time that it was loaded, a module at a time, so that the ring buffers need
 //! not wait: what that takes is a tenth of the engine's time at most.
 
-use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use crate::kernel::btf::Btf;
-use crate::kernel::{Gva, Module, ModuleList, ModulesError};
+use crate::kernel::{ModuleList, ModulesError};
 use crate::ram::GuestRam;
-use crate::session::{Listed, ModuleLook, ModuleSymbols, SETTLE};
+use crate::session::{ModuleLook, ModuleSymbols, SETTLE};
 
 use super::super::watch::{Guest, Watch};
+use super::loads::Loads;
 use super::{Trace, HOLD_AFTER};
 
 /// How often the list is looked at: sooner than a record settles, so that a record
@@ -22,10 +22,6 @@ const _: () = assert!(LOOK_EVERY.as_millis() * 2 < SETTLE.as_millis());
 /// So many looks one after another that fail, and the list is not known any more.
 /// One that fails may have met a change.
 const FAILURES: u32 = 4;
-/// How often a module's symbols are tried, a look apart.
-const TRIES: u32 = 5;
-/// Of the engine's time, reading symbols takes one part in so many.
-const SHARE: u32 = 10;
 /// How long the symbols that are left may take when the trace ends.
 const LAST: Duration = Duration::from_millis(500);
 
@@ -36,23 +32,7 @@ pub(super) struct Modules {
     last: Option<ModuleLook>,
     looked: Option<Instant>,
     failures: u32,
-    /// The modules that were on it last, with the numbers of their loads, by where
-    /// their structures are.
-    loads: HashMap<Gva, (Module, u32)>,
-    /// Those whose symbols are to be read.
-    unread: VecDeque<Unread>,
-    /// Until when no symbols are read, for others to have their share.
-    rest: Option<Instant>,
-    /// Nothing of symbols is kept: the kernel has none, or the session no room.
-    nameless: bool,
-}
-
-/// A module whose symbols are to be read.
-struct Unread {
-    module: Module,
-    load: u32,
-    tries: u32,
-    after: Option<Instant>,
+    loads: Loads,
 }
 
 impl Modules {
@@ -72,19 +52,17 @@ impl Modules {
     }
 
     fn new(list: ModuleList) -> Self {
-        let nameless = !list.has_symbols();
-        if nameless {
+        let mut loads = Loads::default();
+        if !list.has_symbols() {
             log::info!("the guest's kernel keeps no symbols of its modules (CONFIG_KALLSYMS)");
+            loads.read_no_symbols();
         }
         Self {
             list,
             last: None,
             looked: None,
             failures: 0,
-            loads: HashMap::new(),
-            unread: VecDeque::new(),
-            rest: None,
-            nameless,
+            loads,
         }
     }
 
@@ -104,7 +82,7 @@ impl Modules {
         let modules = match self.list.read(ram) {
             Ok(modules) => {
                 self.failures = 0;
-                Some(self.numbered(modules, number))
+                Some(self.loads.numbered(modules, number))
             }
             Err(error) => {
                 self.failures = self.failures.saturating_add(1);
@@ -130,64 +108,12 @@ impl Modules {
         Some(look)
     }
 
-    /// Gives each module the number of its load. One that is not the same in all
-    /// was loaded anew, or has come a step further in that: its symbols are others.
-    fn numbered(&mut self, modules: Vec<Module>, mut number: impl FnMut() -> u32) -> Vec<Listed> {
-        let mut before = std::mem::take(&mut self.loads);
-        let mut listed = Vec::with_capacity(modules.len());
-        for module in modules {
-            let known = before.remove(&module.at);
-            let load = match known.filter(|(known, _)| *known == module) {
-                Some((_, load)) => load,
-                None => {
-                    let load = number();
-                    if !self.nameless {
-                        self.unread.push_back(Unread {
-                            module: module.clone(),
-                            load,
-                            tries: 0,
-                            after: None,
-                        });
-                    }
-                    load
-                }
-            };
-            listed.push(Listed::new(&module, load));
-            self.loads.insert(module.at, (module, load));
-        }
-        let loads = &self.loads;
-        self.unread.retain(|unread| {
-            let now = loads.get(&unread.module.at);
-            now.is_some_and(|(_, load)| *load == unread.load)
-        });
-        listed
-    }
-
     /// Reads the symbols of the module whose turn it is, if it is time to.
     fn symbols(&mut self, ram: &dyn GuestRam) -> Option<ModuleSymbols> {
-        let now = Instant::now();
-        if self.rest.is_some_and(|until| now < until) {
-            return None;
-        }
-        let mut unread = self.unread.pop_front()?;
-        if unread.after.is_some_and(|after| now < after) {
-            self.unread.push_back(unread);
-            return None;
-        }
-        let (load, name) = (unread.load, unread.module.name.as_str());
-        let symbols = match self.list.functions(ram, &unread.module) {
-            Ok(read) => Some(ModuleSymbols::read(load, name, read)),
-            Err(why) if why.may_pass() && unread.tries < TRIES => {
-                unread.tries += 1;
-                unread.after = Some(now + LOOK_EVERY);
-                self.unread.push_back(unread);
-                None
-            }
-            Err(why) => Some(ModuleSymbols::unread(load, name, why.to_string())),
-        };
-        let took = now.elapsed();
-        self.rest = now.checked_add(took.saturating_mul(SHARE));
-        symbols
+        let begun = Instant::now();
+        let unread = self.loads.turn(begun)?;
+        let read = self.list.functions(ram, &unread.module);
+        self.loads.done(unread, read, (begun, Instant::now()))
     }
 }
 
@@ -252,8 +178,7 @@ impl Trace {
                     "the session has no room for more symbols of the guest's modules; functions \
                      of those that are loaded from now on are not named"
                 );
-                modules.nameless = true;
-                modules.unread.clear();
+                modules.loads.read_no_symbols();
             }
             Err(error) => self.cannot_store(&error),
         }
@@ -265,14 +190,8 @@ impl Trace {
         let begun = Instant::now();
         while watch.silent() <= HOLD_AFTER && begun.elapsed() < LAST {
             let modules = self.live.as_mut().and_then(|live| live.modules.as_mut());
-            match modules {
-                Some(modules) if !modules.unread.is_empty() => {
-                    modules.rest = None;
-                    for unread in &mut modules.unread {
-                        unread.after = None;
-                    }
-                }
-                _ => return,
+            if !modules.is_some_and(|modules| modules.loads.hurry()) {
+                return;
             }
             self.read_module_symbols();
         }
