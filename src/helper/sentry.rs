@@ -343,7 +343,7 @@ mod tests {
     use crate::detect::Rule;
     use crate::kernel::Gva;
     use crate::ring::record::{Call, Comm, Return, Task, TraceFlags};
-    use crate::session::UNSURE_NS;
+    use crate::session::{Listed, UNSURE_NS};
 
     const MAP: &str = "ffffffff81000000 T _text\nffffffff81000000 T _stext\n\
         ffffffff81000040 T __x64_sys_read\nffffffff81000080 T do_syscall_64\n\
@@ -437,6 +437,38 @@ mod tests {
             [Rule::UnlistedModule, Rule::WrongCaller],
             "{found:?}"
         );
+    }
+
+    #[test]
+    fn a_finding_has_the_names_that_the_guest_gives_by_then() {
+        let mut sentry = Sentry::start(Baseline::new(BANNER)).expect("a thread");
+        sentry.boot(kernel());
+        sentry.modules(OfModules::List(ModuleLook {
+            boot: 1,
+            since: 1,
+            modules: Some(vec![Listed {
+                name: "hook".to_owned(),
+                code: vec![(MODULE.0 - 0x234, MODULE.0 + 0x100)],
+                load: 1,
+            }]),
+        }));
+        sentry.modules(OfModules::Symbols(ModuleSymbols {
+            load: 1,
+            name: "hook".to_owned(),
+            functions: vec![(MODULE.0 - 0x34, "passed_on".to_owned())],
+            refused: 0,
+            unread: None,
+        }));
+        read(0, 5 * UNSURE_NS, MODULE)
+            .into_iter()
+            .for_each(|item| sentry.take(item));
+        let found = sentry.finish();
+        assert_eq!(found[0].rule, Rule::UnknownModule, "{found:?}");
+        let path = found[0].evidence.as_ref().map(|evidence| &evidence.path);
+        let caller = path.and_then(|path| path[0].caller.as_deref());
+        assert_eq!(caller, Some("passed_on+0x34 [hook?]"));
+        // The module area all the same: what judges does not go by names.
+        assert!(found[0].what.contains("(module area)"), "{found:?}");
     }
 
     #[test]

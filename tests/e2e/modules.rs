@@ -75,7 +75,7 @@ fn functions_of_modules(name: &str, kernel: &str, backing: Backing) {
     assert!(!of_root.is_empty() && !of_tcp.is_empty(), "{graph:.4000}");
     assert!(of_root.last() < of_tcp.first());
     assert!(lines("passed_on").len() >= 2 * (of_root.len() + of_tcp.len()));
-    assert_eq!(lines("passed_on()"), [], "not as if the host knew it");
+    assert!(lines("passed_on()").is_empty(), "as if the host knew it");
     assert!(graph.contains("calls of functions that the guest alone names: "));
 
     // Where the guest itself has them; Ftrace's call site may be behind an endbr64.
@@ -108,8 +108,10 @@ fn functions_of_modules(name: &str, kernel: &str, backing: Backing) {
         named += 1;
     }
     assert_eq!(named, of_root.len() + of_tcp.len());
-    // Of the saved session the same as when the trace ended.
-    assert_eq!(report("text"), graph);
+    // Of the saved session the same as when the trace ended. Its directory, which the
+    // head names, the lab's libvirt sees elsewhere.
+    let calls = |text: &str| text[text.find("#      TIME").expect("titles")..].to_owned();
+    assert!(calls(&report("text")) == calls(&graph), "other names now");
     let folded = report("folded");
     assert!(folded.contains(";passed_on [hook_procroot?];"), "{folded}");
     assert!(folded.contains(";passed_on [hook_seq?];"), "{folded}");

@@ -151,12 +151,10 @@ impl ModuleNames {
 
     /// Adds what a module says of its functions. What it said first stands.
     pub fn symbols(&self, symbols: ModuleSymbols) {
-        if self.functions.get(&symbols.load).is_some() {
-            return;
-        }
         let mut functions = symbols.functions;
         functions.retain(|(_, name)| is_name(name));
         functions.sort_by_key(|&(at, _)| at);
+        // Of a load that is there, the map keeps what it has.
         self.functions.insert(symbols.load, functions.into());
     }
 
