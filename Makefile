@@ -22,7 +22,7 @@ demo: ## trace a guest from nothing: build, boot, enrol, trace, show (root)
 	tests/lab/demo
 
 # From quick to slow, so that what fails early fails soon. The guests' kernels are
-# built before the tests that boot it, for its progress to be seen; the
+# built before the tests that boot them, for their progress to be seen; the
 # end-to-end tests run with the binary that users run.
 test: ## run all tests, the end-to-end ones with real guests too (root)
 	tests/lab/bootstrap --test
@@ -32,6 +32,9 @@ test: ## run all tests, the end-to-end ones with real guests too (root)
 	packaging/test-deb
 	tests/lab/initramfs "$$(tests/lab/kernel 6.1)"
 	tests/lab/initramfs "$$(tests/lab/kernel 6.12)"
+	tests/lab/initramfs "$$(tests/lab/kernel-variant table)"
+	tests/lab/kernel-variant no-btf
+	tests/lab/kernel-variant no-tracer
 	$(CARGO) test --locked --release --test e2e
 
 # Boots in all and minutes of work in all are three times these: 6.1 and 6.12 with

@@ -1,17 +1,22 @@
-//! The guest's kernel and initramfs: what tests/lab/kernel and
-//! tests/lab/initramfs build and keep.
+//! The guest's kernel and initramfs: what tests/lab/kernel,
+//! tests/lab/kernel-variant and tests/lab/initramfs build and keep.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{bail, Context, Result};
 
+/// What the names of tests/lab/kernel-variant's kernels begin with.
+const VARIANT: &str = "6.1-";
+/// Kernels without what the lab's modules need.
+const SMALL: [&str; 2] = ["6.1-no-btf", "6.1-no-tracer"];
+
 /// Files of the guest that the lab boots. They lie in the lab's cache, and
 /// other runs share them.
 #[derive(Debug, Clone)]
 pub struct Artifacts {
-    /// The directory tests/lab/kernel made, with build/ for modules, or
-    /// tests/lab/stock-kernel.
+    /// The directory that tests/lab/kernel or tests/lab/kernel-variant made,
+    /// with build/ for modules, or tests/lab/stock-kernel.
     pub kernel_dir: PathBuf,
     /// The kernel to boot.
     pub bzimage: PathBuf,
@@ -35,14 +40,17 @@ impl Artifacts {
         if let Some(stock) = kernel.strip_prefix("stock-") {
             return Artifacts::stock(stock);
         }
-        let kernel_dir = run_script("kernel", &[Path::new(kernel)])?;
-        let initramfs = run_script("initramfs", &[&kernel_dir])?;
+        let kernel_dir = match kernel.strip_prefix(VARIANT) {
+            Some(variant) => run_script("kernel-variant", &[Path::new(variant)])?,
+            None => run_script("kernel", &[Path::new(kernel)])?,
+        };
+        let for_modules = Some(kernel_dir.as_path()).filter(|_| !SMALL.contains(&kernel));
         Ok(Artifacts {
             bzimage: kernel_dir.join("bzImage"),
             system_map: kernel_dir.join("System.map"),
             vmlinux: kernel_dir.join("vmlinux"),
+            initramfs: run_script("initramfs", for_modules.as_slice())?,
             kernel_dir,
-            initramfs,
         })
     }
 }

@@ -34,8 +34,10 @@ pub const KERNEL: &str = "6.1";
 pub struct Domain {
     /// Its name.
     pub name: String,
-    /// The kernel it boots: 6.1 or 6.12, each with xftrace's patches, or
-    /// Debian's own, such as stock-6.1-cloud or stock-6.12-generic.
+    /// The kernel it boots: 6.1 or 6.12, each with xftrace's patches; Debian's
+    /// own, such as stock-6.1-cloud or stock-6.12-generic; or one that is made
+    /// to lack something, as tests/lab/kernel-variant names it: 6.1-table,
+    /// 6.1-no-btf or 6.1-no-tracer.
     #[arg(long, default_value = KERNEL)]
     pub kernel: String,
     /// QEMU's machine type: pc, q35 or a versioned one.

@@ -1,7 +1,8 @@
 //! A lab for xftrace: real guests under a real, private libvirt.
 //!
 //! ```text
-//! tests/lab/kernel, tests/lab/initramfs   build what a guest boots   (cached)
+//! tests/lab/kernel and kernel-variant, stock-kernel, initramfs
+//!                                         make what a guest boots    (cached)
 //! tests/lab/libvirtd                      keeps libvirt in namespaces
 //! Lab                                     starts it, enters it, defines domains
 //! Guest                                   starts a domain, runs commands in it
