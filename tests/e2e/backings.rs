@@ -2,7 +2,6 @@
 //! result, and QEMU goes on running all the while.
 
 use std::fs;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use predicates::prelude::*;
@@ -14,6 +13,7 @@ use xftrace_lab::{wait_for, Backing, Domain, HugePages, Meanwhile, Row};
 
 use crate::integrity::memory_is_clean;
 use crate::lab::TestGuest;
+use crate::watch::unstopped;
 
 /// How many times the guest opens, reads and closes: nine megabytes of records.
 const LOOPS: u64 = 1000;
@@ -47,7 +47,7 @@ pub(crate) fn every_call(row: &Row) {
     let map = &guest.lab().artifacts(guest.kernel()).unwrap().system_map;
     let enrolled = xftrace(&["enroll", name, "--symbols", map.to_str().unwrap()]);
 
-    let (output, status) = unstopped(guest.qemu_pid().unwrap(), || {
+    let (output, status) = unstopped(&guest, || {
         let mut on = vec!["on", "-d", name, "--interval", "20ms"];
         if row.meanwhile != Meanwhile::Dimm {
             on.extend(["--buffer-size", BUFFER]);
@@ -221,45 +221,6 @@ fn balloon(guest: &TestGuest, mib: u64) {
             .virsh(&["setmem", guest.name(), &size.to_string(), "--live"])
             .unwrap();
         wait_for(SOON, || Ok((total()? == is).then_some(()))).unwrap();
-    }
-}
-
-/// Does something while no thread of a process is stopped.
-pub(crate) fn unstopped<T>(pid: u32, run: impl FnOnce() -> T) -> T {
-    let (done, looks) = (AtomicBool::new(false), AtomicU64::new(0));
-    let result = std::thread::scope(|scope| {
-        scope.spawn(|| {
-            while !done.load(Ordering::Acquire) {
-                never_stopped(pid);
-                looks.fetch_add(1, Ordering::Relaxed);
-                std::thread::sleep(Duration::from_millis(1));
-            }
-        });
-        let _end = End(&done);
-        run()
-    });
-    assert!(looks.into_inner() > 100, "QEMU was hardly looked at");
-    result
-}
-
-/// Ends the watching thread, also where the test fails.
-struct End<'a>(&'a AtomicBool);
-
-impl Drop for End<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Release);
-    }
-}
-
-/// No thread of the process is stopped, by a signal or by a tracer.
-fn never_stopped(pid: u32) {
-    for task in fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten() {
-        // One that has just ended has none.
-        let Ok(stat) = fs::read_to_string(task.path().join("stat")) else {
-            continue;
-        };
-        let (_, state) = stat.rsplit_once(") ").unwrap();
-        assert!(!state.starts_with(['T', 't']), "QEMU was stopped: {stat}");
     }
 }
 

@@ -33,4 +33,5 @@ mod syslog;
 mod trace;
 mod traced;
 mod turns;
+mod watch;
 mod watching;

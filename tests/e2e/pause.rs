@@ -6,13 +6,6 @@
 //! kinds: with xftrace; with the guest's tracer and without xftrace; and with
 //! neither, where no helper runs and nothing is traced.
 
-use std::fs::File;
-use std::io::{BufRead, BufReader};
-use std::os::unix::fs::FileExt;
-use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use nix::sys::signal::{kill, Signal};
@@ -20,12 +13,10 @@ use nix::unistd::Pid;
 use xftrace_lab::{wait_for, Job};
 
 use crate::traced::Traced;
+use crate::watch::Watch;
 
 /// Longer than anything here takes on a busy machine.
 const SOON: Duration = Duration::from_secs(60);
-/// How often QEMU's state is looked at. Being stopped and let go on again takes
-/// a tenth of that at least, so that it is met when done often.
-const LOOK_EVERY: Duration = Duration::from_millis(1);
 /// How long a turn of draining lasts.
 const TURN: Duration = Duration::from_secs(2);
 /// How many turns there are of each kind.
@@ -43,100 +34,6 @@ const FUNCTIONS: [&str; 2] = ["sys_openat", "sys_read"];
 /// that looks at QEMU's threads each millisecond, and QEMU's own events. At on
 /// and off, which come once in a turn, it is the longest gap that counts.
 const NOISE_US: u64 = 3_000;
-
-/// Watches a guest's QEMU until it is dropped.
-struct Watch {
-    events: Child,
-    heard: Arc<Mutex<Vec<String>>>,
-    looks: Arc<AtomicU64>,
-    stopped: Arc<AtomicU64>,
-    end: Arc<AtomicBool>,
-    looker: Option<JoinHandle<()>>,
-}
-
-impl Watch {
-    fn start(guest: &Traced) -> Watch {
-        let mut events = Command::new("stdbuf")
-            .args(["-oL", "virsh", "--connect", &guest.lab().uri()])
-            .args(["qemu-monitor-event", "--loop", guest.name()])
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("virsh");
-        let heard = Arc::new(Mutex::new(Vec::new()));
-        let lines = BufReader::new(events.stdout.take().expect("a pipe")).lines();
-        let to = Arc::clone(&heard);
-        std::thread::spawn(move || {
-            for line in lines.map_while(Result::ok) {
-                to.lock().expect("a list").push(line);
-            }
-        });
-
-        let qemu = guest.qemu_pid().unwrap();
-        let threads: Vec<File> = std::fs::read_dir(format!("/proc/{qemu}/task"))
-            .expect("QEMU's threads")
-            .map(|thread| File::open(thread.expect("a thread").path().join("stat")))
-            .map(|file| file.expect("its state"))
-            .collect();
-        let looks = Arc::new(AtomicU64::new(0));
-        let stopped = Arc::new(AtomicU64::new(0));
-        let end = Arc::new(AtomicBool::new(false));
-        let shared = (Arc::clone(&looks), Arc::clone(&stopped), Arc::clone(&end));
-        let looker = std::thread::spawn(move || {
-            let (looks, stopped, end) = shared;
-            while !end.load(Ordering::Relaxed) {
-                let halted = threads.iter().filter(|thread| is_stopped(thread)).count();
-                stopped.fetch_add(halted as u64, Ordering::Relaxed);
-                looks.fetch_add(1, Ordering::Relaxed);
-                std::thread::sleep(LOOK_EVERY);
-            }
-        });
-        Watch {
-            events,
-            heard,
-            looks,
-            stopped,
-            end,
-            looker: Some(looker),
-        }
-    }
-
-    /// STOP and RESUME among QEMU's events so far.
-    fn events(&self) -> Vec<String> {
-        let heard = self.heard.lock().expect("a list");
-        let pause = |line: &&String| line.contains("event STOP") || line.contains("event RESUME");
-        heard.iter().filter(pause).cloned().collect()
-    }
-
-    /// How often one of QEMU's threads was found stopped, by a signal or by
-    /// a debugger.
-    fn stopped(&self) -> u64 {
-        self.stopped.load(Ordering::Relaxed)
-    }
-}
-
-impl Drop for Watch {
-    fn drop(&mut self) {
-        self.end.store(true, Ordering::Relaxed);
-        if let Some(looker) = self.looker.take() {
-            let _ = looker.join();
-        }
-        let _ = self.events.kill();
-        let _ = self.events.wait();
-    }
-}
-
-/// Whether a thread's stat says T or t. One that has ended is not stopped.
-fn is_stopped(stat: &File) -> bool {
-    let mut text = [0; 256];
-    let Ok(read) = stat.read_at(&mut text, 0) else {
-        return false;
-    };
-    let text = String::from_utf8_lossy(&text[..read]);
-    // proc(5): the state comes after the name, which may hold anything.
-    let state = text.rsplit_once(") ").map(|(_, rest)| rest.as_bytes()[0]);
-    matches!(state, Some(b'T' | b't'))
-}
 
 /// What the guest's loop saw in one turn, microseconds.
 #[derive(Clone, Copy, Debug)]
@@ -236,13 +133,10 @@ pub(crate) fn kill_helper(guest: &Traced) {
 fn the_watch_sees_a_pause() {
     let guest = Traced::start_alone("watched");
     let watch = Watch::start(&guest);
-    // Until virsh listens, nothing is heard: provoke until something is.
-    wait_for(SOON, || {
-        guest.lab().virsh(&["suspend", "watched"])?;
-        guest.lab().virsh(&["resume", "watched"])?;
-        Ok((watch.events().len() >= 2).then_some(()))
-    })
-    .unwrap();
+    assert_eq!(watch.events(), [""; 0]);
+    guest.lab().virsh(&["suspend", "watched"]).unwrap();
+    guest.lab().virsh(&["resume", "watched"]).unwrap();
+    assert_eq!(watch.events().len(), 2, "STOP and RESUME");
     assert_eq!(watch.stopped(), 0, "QEMU's own pause stops no thread");
     let qemu = Pid::from_raw(guest.qemu_pid().unwrap() as i32);
     for _ in 0..200 {
@@ -258,7 +152,6 @@ fn the_watch_sees_a_pause() {
 fn the_guest_is_never_paused() {
     let guest = Traced::start_alone("unpaused");
     let watch = Watch::start(&guest);
-    guest.run("sleep 1").unwrap();
     let mut work = guest
         .spawn("exec taskset 2 sh -c 'while :; do read x < /proc/uptime; sleep 0.02; done'")
         .unwrap();
@@ -327,7 +220,5 @@ fn the_guest_is_never_paused() {
     compare("draining, and nobody who reads", &alone, &drained);
     compare("draining, and no xftrace", &absent, &drained);
 
-    assert_eq!(watch.events(), [""; 0]);
-    assert_eq!(watch.stopped(), 0, "of {:?} looks", watch.looks);
-    assert!(watch.looks.load(Ordering::Relaxed) > 1000, "hardly looked");
+    watch.saw_nothing();
 }

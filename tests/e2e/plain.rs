@@ -13,9 +13,9 @@ use xftrace::session::{list, Mode, Session};
 use xftrace::symfiles::Known;
 use xftrace_lab::{wait_for, Ring, Row};
 
-use crate::backings::unstopped;
 use crate::integrity::memory_is_clean;
 use crate::lab::TestGuest;
+use crate::watch::unstopped;
 
 /// How many times the guest opens, reads and closes.
 const LOOPS: u64 = 600;
@@ -106,7 +106,7 @@ pub(crate) fn same_lines(row: &Row) {
         .failure()
         .stderr(predicates::str::contains("trace_buf_size="));
 
-    unstopped(guest.qemu_pid().unwrap(), || {
+    unstopped(&guest, || {
         xftrace(&["on", "-d", name])
             .assert()
             .success()
