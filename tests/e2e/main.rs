@@ -24,6 +24,7 @@ mod modules;
 mod pause;
 mod plain;
 mod planted;
+mod qemu;
 mod refusals;
 mod rows;
 mod soak;

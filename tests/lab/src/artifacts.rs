@@ -71,6 +71,14 @@ impl Artifacts {
     }
 }
 
+/// The directory of the QEMU that tests/lab/qemu-build makes, or made before.
+///
+/// # Errors
+/// Where the build fails.
+pub fn patched_qemu() -> Result<PathBuf> {
+    run_script("qemu-build", &[])
+}
+
 /// Where the lab's scripts are.
 pub(crate) fn script(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(name)

@@ -15,7 +15,7 @@ use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
 
 use crate::agent::Agent;
-use crate::artifacts::{run_script, script, Artifacts};
+use crate::artifacts::{patched_qemu, script, Artifacts};
 use crate::domain::{Backing, Domain, Places, EMULATOR};
 use crate::guest::Guest;
 use crate::wait_for;
@@ -362,7 +362,7 @@ impl Lab {
         let guest = Guest::new(self, &domain.name);
         let emulator = match domain.backing {
             Backing::HugeRetained => {
-                let built = run_script("qemu-build", &[])?;
+                let built = patched_qemu()?;
                 // The cache's part for libvirt is /var/cache/libvirt in the lab.
                 let name = built.file_name().unwrap_or_default().to_string_lossy();
                 format!("/var/cache/libvirt/{name}/qemu-retain")

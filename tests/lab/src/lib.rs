@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, Result};
 
 pub use agent::{Job, Output};
-pub use artifacts::Artifacts;
+pub use artifacts::{patched_qemu, Artifacts};
 pub use domain::{Backing, Domain, KERNEL};
 pub use guest::Guest;
 pub use hugepages::HugePages;
