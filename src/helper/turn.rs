@@ -171,7 +171,7 @@ impl Engine {
                 self.watch.silent().as_millis()
             );
         }
-        anyhow::bail!("the guest's kernel was not found: {}", self.watch.why)
+        anyhow::bail!("no kernel of the guest can be traced: {}", self.watch.why)
     }
 
     /// The functions' full names and run-time addresses.

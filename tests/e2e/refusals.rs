@@ -126,6 +126,65 @@ fn symbols_that_are_not_the_guests_are_refused() {
     traced.off();
 }
 
+/// A guest that runs a kernel without the patch, and cannot be traced: what
+/// `on` says of it.
+fn of_a_guest_that_lacks(domain: Domain, parts: &[&str]) -> Traced {
+    let traced = Traced::start(TestGuest::define(&Domain {
+        backing: Backing::File,
+        ..domain
+    }));
+    let said = traced.refused(&["on", "sys_read"]);
+    println!("{}: {said}", traced.name());
+    says(&said, parts);
+    assert!(traced.run("true").is_ok());
+    let sessions = xftrace::session::list(&traced.lab().sessions(traced.name()));
+    assert_eq!(sessions.len(), 0, "a refusal leaves a session behind");
+    traced
+}
+
+#[test]
+fn a_kernel_without_btf_is_refused() {
+    let domain = Domain {
+        kernel: "6.1-no-btf".to_owned(),
+        append: "ftrace=function_graph".to_owned(),
+        ..Domain::new("no-btf")
+    };
+    let neither = "can be traced: the guest's kernel has neither the xftrace patch nor BTF";
+    of_a_guest_that_lacks(domain, &[neither, "boot a kernel that"]);
+}
+
+#[test]
+fn a_kernel_without_the_tracer_is_refused() {
+    let domain = Domain {
+        kernel: "6.1-no-tracer".to_owned(),
+        ..Domain::new("no-tracer")
+    };
+    let built = "can be traced: the guest's kernel was built without CONFIG_FUNCTION_GRAPH_TRACER";
+    of_a_guest_that_lacks(domain, &[built, "boot a kernel that"]);
+}
+
+#[test]
+fn a_ring_that_is_written_over_before_it_is_read_is_refused() {
+    let domain = Domain {
+        kernel: "stock-6.1-cloud".to_owned(),
+        memory: 512,
+        append: "ftrace=function_graph ftrace_graph_filter=__x64_sys_read trace_buf_size=16K"
+            .to_owned(),
+        ..Domain::new("small-ring")
+    };
+    let parts = [
+        "has 20 KiB for each CPU",
+        "64 KiB are the least",
+        "'ftrace=function_graph ftrace_graph_filter=__x64_sys_read trace_buf_size=8M'",
+        "(or make buffer_size_kb larger inside the guest)",
+    ];
+    let traced = of_a_guest_that_lacks(domain, &parts);
+    let larger = "echo 8192 >/sys/kernel/tracing/buffer_size_kb";
+    traced.run(larger).unwrap().success().unwrap();
+    traced.on(&["sys_read"]);
+    traced.off();
+}
+
 #[test]
 fn functions_that_cannot_be_traced_and_users_who_may_not_are_refused() {
     let traced = running("refuses");

@@ -44,8 +44,7 @@ pub enum BtfError {
     /// The kernel was built without it.
     #[error(
         "the guest's kernel has no BTF (CONFIG_DEBUG_INFO_BTF), the description of its own \
-         structures, or its symbols do not tell where (__start_BTF): without the xftrace patch \
-         only a kernel that has it can be traced"
+         structures, or its symbols do not tell where (__start_BTF)"
     )]
     Missing,
     /// The bytes are no BTF, or not all of it.

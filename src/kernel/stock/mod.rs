@@ -51,9 +51,17 @@ pub const RB_BUFFER_OFF: u32 = 1 << 20;
 /// Why a kernel without the patch cannot be traced.
 #[derive(Debug, thiserror::Error)]
 pub enum StockError {
+    /// It says nothing of the layout of its structures.
+    #[error(
+        "the guest's kernel has neither the xftrace patch nor BTF (CONFIG_DEBUG_INFO_BTF), the \
+         description of its own structures, without which its records cannot be found: boot a \
+         kernel that has one of the two (Debian's have BTF), or, if this one has BTF, give \
+         symbols that tell where (__start_BTF in its whole System.map or /proc/kallsyms)"
+    )]
+    NoBtf,
     /// The layout of its structures is not known.
     #[error(transparent)]
-    Btf(#[from] BtfError),
+    Btf(BtfError),
     /// Something has no symbol.
     #[error(
         "the symbols of the guest's kernel have no {0}, without which a kernel without the \
@@ -62,7 +70,9 @@ pub enum StockError {
     Symbol(&'static str),
     /// Built without function_graph.
     #[error(
-        "the guest's kernel was built without CONFIG_FUNCTION_GRAPH_TRACER, and cannot be traced"
+        "the guest's kernel was built without CONFIG_FUNCTION_GRAPH_TRACER, whose records are \
+         read (its symbols have no ftrace_graph_hash): boot a kernel that has it (Debian's have), \
+         with the xftrace patch or without"
     )]
     NotBuiltIn,
     /// Nothing in it tells one boot from another.
@@ -85,7 +95,8 @@ pub enum StockError {
     /// Its ring is too small to be read in time.
     #[error(
         "the guest's ring buffer has {kb} KiB for each CPU, which it writes over before it can \
-         be read; {} KiB are the least: boot it with '{command_line}' on its kernel command line",
+         be read; {} KiB are the least: boot it with '{command_line}' on its kernel command line \
+         (or make buffer_size_kb larger inside the guest)",
         rings::SMALLEST_KB
     )]
     RingTooSmall {
@@ -116,6 +127,15 @@ pub enum StockError {
     /// Guest memory could not be read.
     #[error(transparent)]
     Ram(#[from] RamError),
+}
+
+impl From<BtfError> for StockError {
+    fn from(error: BtfError) -> Self {
+        match error {
+            BtfError::Missing => Self::NoBtf,
+            error => Self::Btf(error),
+        }
+    }
 }
 
 /// What does not change in one boot of a kernel without the patch.
