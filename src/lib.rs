@@ -36,5 +36,8 @@ pub mod switch;
 pub mod symfiles;
 
 #[cfg(test)]
+#[path = "../tests/support/schema.rs"]
+mod test_schema;
+#[cfg(test)]
 #[path = "../tests/support/time.rs"]
 mod test_time;

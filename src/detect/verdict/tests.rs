@@ -14,6 +14,7 @@ use crate::session::{
     Boot, EndReason, Finding as Caught, GuestCounts, MapId, Meta, Mode, QemuProcess, SessionWriter,
     FINDINGS_FILE, KLOG_FILE, MODULES_FILE,
 };
+use crate::test_schema::has_the_fields;
 
 const BANNER: &str = "Linux version 6.1.0-xf\n";
 
@@ -225,25 +226,6 @@ fn full() -> Verdict {
             }),
         }],
         not_listed: 0,
-    }
-}
-
-/// Whether an object's fields are those that the schema names, all of them.
-fn has_the_fields(object: &Value, schema: &Value) {
-    assert_eq!(schema["additionalProperties"], false);
-    let names = |value: &Value| -> Vec<String> {
-        let mut names: Vec<String> = value
-            .as_object()
-            .expect("an object")
-            .keys()
-            .cloned()
-            .collect();
-        names.sort();
-        names
-    };
-    assert_eq!(names(object), names(&schema["properties"]));
-    for required in schema["required"].as_array().expect("a list") {
-        assert!(object.get(required.as_str().expect("a name")).is_some());
     }
 }
 
