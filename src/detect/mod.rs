@@ -48,7 +48,7 @@ pub use verdict::{check, Conclusion, Verdict};
 
 use crate::callflow::{events, Kernels, Limits, Names, Tally};
 use crate::ring::record::Item;
-use crate::session::{Session, SessionError};
+use crate::session::{Session, SessionError, State};
 
 /// What a function does is judged only from so many calls on.
 pub const MIN_CALLS: u64 = 100;
@@ -56,6 +56,10 @@ pub const MIN_CALLS: u64 = 100;
 pub const MIN_SEEN: u64 = 20;
 /// and only if it is so much of all: one in this many.
 pub const MIN_SHARE: u64 = 50;
+
+/// How long it may take until what the guest did to its list of modules is in a
+/// session that is still written: the helper looks ten times a second.
+const LISTED: std::time::Duration = std::time::Duration::from_millis(300);
 
 /// What a session adds up to, its addresses resolved by `names`.
 ///
@@ -68,6 +72,9 @@ pub fn profile_of<'n>(
 ) -> Result<(Profile<'n>, Tally), SessionError> {
     let cpus = session.meta.boots.last().map_or(0, |boot| boot.nr_cpus);
     let cpus: Vec<u16> = (0..cpus.min(u32::from(u16::MAX)) as u16).collect();
+    if session.meta.state == State::Open {
+        std::thread::sleep(LISTED);
+    }
     let mut profiler = Profiler::new(limits);
     *profiler.modules() = session.modules()?;
     profile_with(profiler, session.items(), names, &cpus)

@@ -1,7 +1,7 @@
 //! Reads a session, finished or not.
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, VecDeque};
+use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -12,8 +12,10 @@ use crate::ring::record::Item;
 use crate::ring::{CodeMap, Decoder};
 
 use super::maps::Maps;
-use super::store::ChunkReader;
-use super::{Boot, Finding, Meta, Mode, ModuleHistory, SessionError, FINDINGS_FILE, KLOG_FILE};
+use super::store::{self, ChunkReader};
+use super::{
+    Boot, Finding, Meta, Mode, ModuleHistory, SessionError, State, FINDINGS_FILE, KLOG_FILE,
+};
 
 /// `MODULES_VADDR` and `MODULES_END` (arch/x86/include/asm/pgtable_64_types.h)
 /// of a kernel with RANDOMIZE_BASE, whose image has 1 GiB.
@@ -54,15 +56,21 @@ pub struct Session {
     /// Its keys; none in plain mode.
     pub keys: KeyHistory,
     maps: Maps,
+    /// Of one that was still written when it was opened: how far the files of its
+    /// boots and CPUs went then.
+    ends: Option<BTreeMap<(u32, u16), u64>>,
 }
 
 impl Session {
-    /// Opens the session in `dir`.
+    /// Opens the session in `dir`. One that is still written is, to its reader, what
+    /// it is now: there may be no key here for what comes later.
     ///
     /// # Errors
     /// If any of its files is missing or cannot be understood.
     pub fn open(dir: &Path) -> Result<Self, SessionError> {
         let meta = Meta::load(dir)?;
+        // Before the keys: a key is on disk before the guest has it.
+        let ends = (meta.state == State::Open).then(|| ends(dir, &meta));
         let keys = match meta.mode {
             Mode::Keyed => Klog::read(&dir.join(KLOG_FILE))?,
             Mode::Plain => KeyHistory::default(),
@@ -72,6 +80,7 @@ impl Session {
             meta,
             keys,
             maps: Maps::default(),
+            ends,
         };
         for boot in &session.meta.boots {
             session.symbols(boot)?;
@@ -128,8 +137,19 @@ impl Session {
         ModuleHistory::load(&self.dir)
     }
 
-    /// All that was recorded, decoded: boot after boot, and within a boot the
-    /// CPUs' items by their times.
+    /// The file of a CPU, if it left one.
+    fn chunks(&self, boot: u32, cpu: u16) -> Result<Option<ChunkReader>, SessionError> {
+        match &self.ends {
+            None => ChunkReader::open(&self.dir, boot, cpu),
+            Some(ends) => {
+                let end = ends.get(&(boot, cpu)).copied().unwrap_or(0);
+                ChunkReader::open_up_to(&self.dir, boot, cpu, end)
+            }
+        }
+    }
+
+    /// All that was recorded until it was opened, decoded: boot after boot, and within
+    /// a boot the CPUs' items by their times.
     pub fn items(&self) -> Items<'_> {
         Items {
             session: self,
@@ -137,6 +157,21 @@ impl Session {
             merge: None,
         }
     }
+}
+
+/// The CPUs that a boot can have left files of.
+fn cpus(boot: &Boot) -> std::ops::Range<u16> {
+    0..boot.nr_cpus.min(u32::from(u16::MAX)) as u16
+}
+
+/// How far the files of each boot and CPU go by now.
+fn ends(dir: &Path, meta: &Meta) -> BTreeMap<(u32, u16), u64> {
+    let of_boot = |boot: &Boot| {
+        let number = boot.number;
+        cpus(boot).map(move |cpu| ((number, cpu), store::length(dir, number, cpu)))
+    };
+    let all = meta.boots.iter().flat_map(of_boot);
+    all.filter(|&(_, length)| length > 0).collect()
 }
 
 /// Iterator of [`Session::items`]. Holds a page's items of each CPU.
@@ -196,8 +231,8 @@ impl<'a> Merge<'a> {
             streams: Vec::new(),
             heads: BinaryHeap::new(),
         };
-        for cpu in 0..boot.nr_cpus.min(u32::from(u16::MAX)) as u16 {
-            if let Some(chunks) = ChunkReader::open(&session.dir, boot.number, cpu)? {
+        for cpu in cpus(boot) {
+            if let Some(chunks) = session.chunks(boot.number, cpu)? {
                 let decoder = Decoder::new(boot.types, boot.number);
                 merge.streams.push(Stream {
                     chunks,

@@ -131,6 +131,14 @@ pub struct ChunkReader {
     cpu: u16,
     /// How many bytes from the start are whole frames.
     good: u64,
+    /// How many bytes of the file are read.
+    end: u64,
+}
+
+/// How long the file of `cpu` in boot number `boot` below `dir` is by now, bytes;
+/// 0 where there is none.
+pub(super) fn length(dir: &Path, boot: u32, cpu: u16) -> u64 {
+    fs::metadata(path(dir, boot, cpu)).map_or(0, |file| file.len())
 }
 
 impl ChunkReader {
@@ -163,6 +171,24 @@ impl ChunkReader {
         Self::open(dir, boot, cpu)
     }
 
+    /// As [`ChunkReader::open`], but what comes behind the first `end` bytes of the
+    /// file is not read.
+    ///
+    /// # Errors
+    /// If the file cannot be read, or is something else.
+    pub(super) fn open_up_to(
+        dir: &Path,
+        boot: u32,
+        cpu: u16,
+        end: u64,
+    ) -> Result<Option<Self>, SessionError> {
+        if end < FILE_MAGIC.len() as u64 {
+            return Ok(None);
+        }
+        let opened = Self::open(dir, boot, cpu)?;
+        Ok(opened.map(|reader| Self { end, ..reader }))
+    }
+
     fn open_path(path: &Path, cpu: u16) -> Result<Self, SessionError> {
         let mut file = BufReader::with_capacity(
             1 << 16,
@@ -182,6 +208,7 @@ impl ChunkReader {
             path: path.to_owned(),
             cpu,
             good: FILE_MAGIC.len() as u64,
+            end: u64::MAX,
         })
     }
 
@@ -224,6 +251,9 @@ impl ChunkReader {
             5 => Some(Gap::Earlier),
             _ => None,
         };
+        if self.end.saturating_sub(self.good) < HEADER as u64 + u64::from(length) {
+            return Ok(None);
+        }
         let mut bytes = vec![0; length as usize];
         if !self.fill(&mut bytes)? {
             return Ok(None);

@@ -347,3 +347,25 @@ proptest! {
         prop_assert_eq!(given, report(&open(&growing)));
     }
 }
+
+/// What comes later may have keys that are not known to whoever opened it.
+#[test]
+fn a_session_that_is_still_written_is_read_as_it_was_when_it_was_opened() {
+    let mut growing = Growing::new(2);
+    growing.add(0, 10, Record::Root);
+    // Of another CPU the file was just made.
+    fs::write(growing.ring(1, 1), b"XF").expect("a file");
+    let session = open(&growing);
+    fs::remove_file(growing.ring(1, 1)).expect("the file");
+    growing.rotate();
+    growing.add(0, 20, Record::RootReturn);
+    growing.add(1, 15, Record::Root);
+    assert_eq!(times(&report(&session)), [10]);
+    let all = report(&open(&growing));
+    assert_eq!(times(&all), [10, 15, 20]);
+    let is_forged = |item: &Item| matches!(item.what, What::Forged(_));
+    assert!(!all.iter().any(is_forged), "{all:?}");
+    // Where the helper has left, that is all there is.
+    growing.close();
+    assert_eq!(times(&report(&open(&growing))), [10, 15, 20]);
+}
