@@ -4,11 +4,11 @@
 CARGO := tests/lab/cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help build deb demo test soak clean
+.PHONY: help build deb demo test soak detection clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do \
-		printf '  make %-8s %s\n' "$$target" "$$text"; done
+		printf '  make %-10s %s\n' "$$target" "$$text"; done
 
 build: ## build xftrace: target/release/xftrace
 	tests/lab/bootstrap
@@ -46,6 +46,13 @@ soak: ## clean guests, boot after boot, for hours: detection must find nothing (
 	tests/lab/bootstrap --test
 	XFTRACE_SOAK_BOOTS=$(SOAK_BOOTS) XFTRACE_SOAK_MINUTES=$(SOAK_MINUTES) \
 		$(CARGO) test --locked --release --test e2e -- soak:: --nocapture
+
+detection: ## try every class of hooks on guests, and write docs/detection.md's table (root)
+	tests/lab/bootstrap --test
+	tests/lab/initramfs "$$(tests/lab/kernel 6.1)"
+	tests/lab/initramfs "$$(tests/lab/kernel 6.12)"
+	tests/lab/initramfs "$$(tests/lab/kernel-variant table)"
+	UPDATE_GOLDEN=1 $(CARGO) test --locked --release --test e2e detect:: -- --nocapture
 
 clean: ## remove what was built here (the lab's cache stays, in ~/.cache/xftrace-lab)
 	$(CARGO) clean

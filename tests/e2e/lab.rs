@@ -51,6 +51,8 @@ enum Turn {
     Alone {
         _guard: RwLockWriteGuard<'static, ()>,
     },
+    /// Another guest of the same test holds it.
+    Beside,
 }
 
 impl TestGuest {
@@ -65,6 +67,12 @@ impl TestGuest {
     pub(crate) fn define_alone(domain: &Domain) -> TestGuest {
         let guard = TURN.write().unwrap_or_else(PoisonError::into_inner);
         TestGuest::define_in(domain, Turn::Alone { _guard: guard })
+    }
+
+    /// Defines one more domain for the test whose turn it is, and which keeps
+    /// this one at least as long.
+    pub(crate) fn beside(&self, domain: &Domain) -> TestGuest {
+        TestGuest::define_in(domain, Turn::Beside)
     }
 
     fn define_in(domain: &Domain, turn: Turn) -> TestGuest {

