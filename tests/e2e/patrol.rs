@@ -116,8 +116,13 @@ impl Watched {
         told.collect()
     }
 
+    /// How many times its helper, which the log names by its process, said so.
     fn logs(&self, words: &str) -> usize {
-        self.traced.log().matches(words).count()
+        let status = self.status().1;
+        let helper = format!("xftrace[{}]", status["helper_pid"]);
+        let log = self.traced.log();
+        let lines = log.lines().filter(|line| line.contains(&helper));
+        lines.filter(|line| line.contains(words)).count()
     }
 
     /// The helper's process, as seen from here.
