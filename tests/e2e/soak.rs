@@ -139,7 +139,10 @@ impl Soaked {
         let output = guest.run_for(&command, plan.work + ROUND).unwrap();
         assert!(output.text.contains("done "), "{}", output.text);
         self.memory_is_clean();
-        let session = guest.off().dir().to_owned();
+        // Its text is a gigabyte or more, and nobody reads it.
+        guest.command(&["off", "--no-copy"]).assert().success();
+        let session = guest.session().dir().to_owned();
+        std::fs::remove_file(session.join("trace_graph.txt")).expect("a call flow");
         guest.destroy().unwrap();
         session
     }
@@ -215,12 +218,16 @@ fn stays_clean(name: &str, kernel: &str) {
     let learn = learn.assert().success();
     println!("{}", String::from_utf8_lossy(&learn.get_output().stdout));
 
+    for session in learnt {
+        std::fs::remove_dir_all(session).expect("a session");
+    }
     soaked.learnt = true;
     let started = Instant::now();
     let mut calls = 0;
     for boot in 0..plan.judge {
         let session = soaked.session(&plan, 1000 + boot);
         calls += soaked.is_clean(&session);
+        std::fs::remove_dir_all(&session).expect("a session");
         println!(
             "{kernel}: boot {} of {}: clean; {calls} calls so far, {:?}",
             boot + 1,
