@@ -17,7 +17,7 @@ use xftrace::kernel::{find_all, Gva, Symbols};
 use xftrace::ram::{ImageRam, Layout};
 use xftrace_lab::{Backing, Domain};
 
-use crate::lab::TestGuest;
+use crate::lab::{StoredKernel, TestGuest};
 
 /// Bytes that are changed in a saved image, one in each piece of text.
 const FLIPS: u64 = 200;
@@ -28,8 +28,7 @@ const COST: Duration = Duration::from_secs(1);
 struct Checked {
     guest: TestGuest,
     dir: tempfile::TempDir,
-    /// What the store calls its kernel.
-    id: String,
+    _stored: StoredKernel,
 }
 
 impl Checked {
@@ -41,13 +40,11 @@ impl Checked {
             ..Domain::new(name)
         });
         let dir = tempfile::tempdir().expect("a directory");
-        let boots = guest.lab().artifacts(kernel).unwrap().bzimage.clone();
-        let mut add = guest.xftrace(dir.path());
-        add.args(["symbols", "add", boots.to_str().unwrap()]);
-        let added = add.assert().success().get_output().stdout.clone();
-        let added = String::from_utf8(added).expect("text");
-        let id = added.split([' ', ':']).nth(1).expect("an id").to_owned();
-        let checked = Checked { guest, dir, id };
+        let checked = Checked {
+            _stored: guest.store_kernel(),
+            guest,
+            dir,
+        };
         checked.guest.start().unwrap();
         checked
     }
@@ -98,14 +95,6 @@ pub(crate) fn memory_is_clean(guest: &TestGuest, kernel: &Path) {
         serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {said}"));
     let memory = &verdict["memory"];
     assert_eq!(memory["conclusion"], "clean", "{memory:#}");
-}
-
-impl Drop for Checked {
-    /// The store as it was, for the tests after this one.
-    fn drop(&mut self) {
-        let removed = self.xftrace(&["symbols", "remove", &self.id]).output();
-        drop(removed);
-    }
 }
 
 /// What was found, in the order in which it is listed: check, place, owner.

@@ -114,12 +114,37 @@ impl TestGuest {
         &LAB
     }
 
+    /// Gives the store the kernel that it boots, as `xftrace symbols add` does.
+    pub(crate) fn store_kernel(&self) -> StoredKernel {
+        let boots = LAB.artifacts(&self.kernel).expect("a kernel").bzimage;
+        let mut add = self.xftrace(LAB.dir());
+        add.args(["symbols", "add"]).arg(boots);
+        let added = add.assert().success().get_output().stdout.clone();
+        let added = String::from_utf8(added).expect("text");
+        let id = added.split([' ', ':']).nth(1).expect("an id");
+        StoredKernel { id: id.to_owned() }
+    }
+
     /// The xftrace command inside the lab, in a directory, within a minute.
     pub(crate) fn xftrace(&self, dir: &Path) -> assert_cmd::Command {
         let command = LAB.xftrace(dir).expect("the lab has an xftrace");
         let mut command = assert_cmd::Command::from_std(command);
         command.timeout(XFTRACE_TIMEOUT);
         command
+    }
+}
+
+/// A kernel in the store, which is all tests' alike. It is removed when the value
+/// is dropped.
+pub(crate) struct StoredKernel {
+    /// What the store calls it.
+    id: String,
+}
+
+impl Drop for StoredKernel {
+    fn drop(&mut self) {
+        let mut remove = LAB.xftrace(LAB.dir()).expect("the lab has an xftrace");
+        let _ = remove.args(["symbols", "remove", &self.id]).output();
     }
 }
 

@@ -11,7 +11,7 @@ use serde_json::Value;
 use xftrace::session::FINDINGS_FILE;
 use xftrace_lab::{wait_for, Backing, Domain};
 
-use crate::lab::{TestGuest, CONFIG};
+use crate::lab::{StoredKernel, TestGuest, CONFIG};
 use crate::traced::Traced;
 
 const SOON: Duration = Duration::from_secs(90);
@@ -32,8 +32,8 @@ const WINDOW: Duration = Duration::from_secs(4);
 struct Watched {
     traced: Traced,
     dir: tempfile::TempDir,
-    /// What the store calls its kernel, once it has it.
-    id: Option<String>,
+    /// Its kernel in the store, once it is there.
+    stored: Option<StoredKernel>,
 }
 
 impl Watched {
@@ -50,18 +50,13 @@ impl Watched {
         Watched {
             traced,
             dir,
-            id: None,
+            stored: None,
         }
     }
 
     /// Gives the store the kernel that the guest boots.
     fn add_kernel(&mut self) {
-        let artifacts = self.traced.lab().artifacts(self.traced.kernel()).unwrap();
-        let mut add = self.traced.xftrace(self.dir.path());
-        add.args(["symbols", "add", artifacts.bzimage.to_str().unwrap()]);
-        let added = add.assert().success().get_output().stdout.clone();
-        let added = String::from_utf8(added).expect("text");
-        self.id = added.split([' ', ':']).nth(1).map(str::to_owned);
+        self.stored = Some(self.traced.store_kernel());
     }
 
     /// `xftrace status`, as text and as JSON.
@@ -134,13 +129,9 @@ impl Watched {
 }
 
 impl Drop for Watched {
-    /// The store and the configuration as they were, for the tests after this one.
+    /// The configuration as it was, for the tests after this one.
     fn drop(&mut self) {
         let _ = self.traced.lab().write_config(CONFIG);
-        if let Some(id) = &self.id {
-            let mut remove = self.traced.xftrace(self.dir.path());
-            let _ = remove.args(["symbols", "remove", id]).output();
-        }
         if std::thread::panicking() {
             eprintln!("--- log:\n{}---", self.traced.log());
         }

@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use xftrace::session::Session;
+use xftrace::session::{Session, FINDINGS_FILE};
 use xftrace_lab::{Backing, Domain};
 
-use crate::lab::TestGuest;
+use crate::lab::{StoredKernel, TestGuest};
 use crate::traced::Traced;
 
 /// Boots of each kernel that are judged.
@@ -19,6 +19,8 @@ const BOOTS: &str = "XFTRACE_SOAK_BOOTS";
 /// How many minutes each kernel works in these, all in all.
 const MINUTES: &str = "XFTRACE_SOAK_MINUTES";
 
+/// How often the helper looks at the guest's memory by itself.
+const INTERVAL: &str = "1s";
 /// What the guest does, see there.
 const CHORES: &str = include_str!("chores.sh");
 /// One round of it, under emulation, traced, beside other guests.
@@ -67,7 +69,6 @@ impl Plan {
 /// A guest that is booted, traced and judged again and again.
 struct Soaked {
     traced: Traced,
-    kernel: PathBuf,
     baseline: String,
     keyed: bool,
     /// Whether there is a baseline by now.
@@ -75,6 +76,7 @@ struct Soaked {
     /// A module that hooks nothing, as a file of the host's where the guest's
     /// initramfs has none.
     module: Option<PathBuf>,
+    _stored: StoredKernel,
 }
 
 impl Soaked {
@@ -89,6 +91,7 @@ impl Soaked {
         let baseline = format!("soak-{kernel}");
         let functions = FUNCTIONS.join(",");
         let mut options = vec!["--baseline", &baseline, "--functions", &functions];
+        options.extend(["--integrity-interval", INTERVAL]);
         if !keyed {
             options.push("--plain");
         }
@@ -97,10 +100,11 @@ impl Soaked {
                 .kernel_dir
                 .join("modules/kernel/drivers/net/dummy.ko.xz")
         });
+        let stored = guest.store_kernel();
         let traced = Traced::start_with(guest, &options);
         Soaked {
             traced,
-            kernel: artifacts.bzimage,
+            _stored: stored,
             baseline,
             keyed,
             learnt: false,
@@ -138,7 +142,7 @@ impl Soaked {
         let command = format!("chores {seconds} {seed} {module} 2>&1");
         let output = guest.run_for(&command, plan.work + ROUND).unwrap();
         assert!(output.text.contains("done "), "{}", output.text);
-        self.memory_is_clean();
+        self.memory_is_clean(plan);
         // Its text is a gigabyte or more, and nobody reads it.
         guest.command(&["off", "--no-copy"]).assert().success();
         let session = guest.session().dir().to_owned();
@@ -156,11 +160,24 @@ impl Soaked {
         verdict.unwrap_or_else(|error| panic!("{error}: {said}"))
     }
 
-    fn memory_is_clean(&self) {
-        let kernel = self.kernel.to_str().expect("a path");
-        let verdict = self.check(&["-d", self.traced.name(), "--kernel", kernel]);
+    /// Nothing is found in the memory of the guest: not now, and not in all the
+    /// looks that the helper took while the guest worked.
+    fn memory_is_clean(&self, plan: &Plan) {
+        let verdict = self.check(&["-d", self.traced.name()]);
         let memory = &verdict["memory"];
         assert_eq!(memory["conclusion"], "clean", "{memory:#}");
+
+        let status = self.traced.command(&["status", "--json"]).output();
+        let status: Value =
+            serde_json::from_slice(&status.expect("xftrace ran").stdout).expect("JSON");
+        let patrol = &status[0]["integrity"];
+        let looks = patrol["looks"].as_u64().expect("a count");
+        println!("{}: {looks} looks at its memory", self.traced.name());
+        // A look may be put off, on a machine that is loaded; most are not.
+        assert!(looks > plan.work.as_secs() / 4, "{patrol:#}");
+        let found = self.traced.lab().sessions(self.traced.name());
+        let found = std::fs::read_to_string(found.join(FINDINGS_FILE));
+        assert_eq!(found.unwrap_or_default(), "", "while it worked");
         // That is told also where the domain's baseline is yet to be learnt.
         if !self.learnt {
             let flow = &verdict["flow"];
