@@ -4,6 +4,7 @@
 //! A few short boots here, for each run of the tests. `make soak` is the long
 //! form: it sets [`BOOTS`] and [`MINUTES`].
 
+use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -19,6 +20,8 @@ const BOOTS: &str = "XFTRACE_SOAK_BOOTS";
 /// How many minutes each kernel works in these, all in all.
 const MINUTES: &str = "XFTRACE_SOAK_MINUTES";
 
+/// The longest that the guest works in one session, seconds.
+const SESSION: u32 = 40;
 /// How often the helper looks at the guest's memory by itself.
 const INTERVAL: &str = "1s";
 /// What the guest does, see there.
@@ -42,7 +45,10 @@ struct Plan {
     learn: u32,
     /// Boots that are judged.
     judge: u32,
-    /// For how long the guest works in each.
+    /// How many sessions a boot has, for none to become too large: the functions
+    /// give 20 MB a second.
+    sessions: u32,
+    /// For how long the guest works in each of these.
     work: Duration,
 }
 
@@ -55,13 +61,13 @@ impl Plan {
             })
         };
         let judge = number(BOOTS).unwrap_or(1).max(1);
-        let work = number(MINUTES).map_or(Duration::from_secs(20), |minutes| {
-            Duration::from_secs(60) * minutes / judge
-        });
+        let boot = number(MINUTES).map_or(20, |minutes| 60 * minutes / judge);
+        let sessions = boot.div_ceil(SESSION).max(1);
         Plan {
             learn: (judge / 2).max(2),
             judge,
-            work,
+            sessions,
+            work: Duration::from_secs(boot.div_ceil(sessions).into()),
         }
     }
 }
@@ -72,7 +78,7 @@ struct Soaked {
     baseline: String,
     keyed: bool,
     /// Whether there is a baseline by now.
-    learnt: bool,
+    learnt: Cell<bool>,
     /// A module that hooks nothing, as a file of the host's where the guest's
     /// initramfs has none.
     module: Option<PathBuf>,
@@ -107,13 +113,14 @@ impl Soaked {
             _stored: stored,
             baseline,
             keyed,
-            learnt: false,
+            learnt: Cell::new(false),
             module,
         }
     }
 
-    /// One boot's work, traced, and the session of it.
-    fn session(&self, plan: &Plan, seed: u32) -> PathBuf {
+    /// One boot's work, traced: what is to be done with each session of it, which
+    /// is removed then.
+    fn boot(&self, plan: &Plan, seed: u32, mut each: impl FnMut(&Path)) {
         let guest = &self.traced;
         if !guest.is_running().unwrap() {
             guest.start().unwrap();
@@ -137,18 +144,42 @@ impl Soaked {
             }
             None => "/lib/modules/calm.ko",
         };
+        for part in 0..plan.sessions {
+            let session = self.session(plan, seed * plan.sessions + part, module);
+            each(&session);
+            std::fs::remove_dir_all(&session).expect("a session");
+        }
+        guest.destroy().unwrap();
+    }
+
+    /// Traced work, and the session of it.
+    fn session(&self, plan: &Plan, seed: u32, module: &str) -> PathBuf {
+        let guest = &self.traced;
+        let looked = self.looks();
         guest.on(&[]);
         let seconds = plan.work.as_secs();
         let command = format!("chores {seconds} {seed} {module} 2>&1");
         let output = guest.run_for(&command, plan.work + ROUND).unwrap();
         assert!(output.text.contains("done "), "{}", output.text);
-        self.memory_is_clean(plan);
+        self.memory_is_clean();
+        let looks = self.looks() - looked;
+        println!("{}: {looks} looks at its memory", guest.name());
+        // A look may be put off, on a machine that is loaded; most are not.
+        assert!(looks > plan.work.as_secs() / 4, "{looks}");
         // Its text is a gigabyte or more, and nobody reads it.
         guest.command(&["off", "--no-copy"]).assert().success();
         let session = guest.session().dir().to_owned();
         std::fs::remove_file(session.join("trace_graph.txt")).expect("a call flow");
-        guest.destroy().unwrap();
         session
+    }
+
+    /// How many looks the helper has taken at the guest's memory in this boot.
+    fn looks(&self) -> u64 {
+        let status = self.traced.command(&["status", "--json"]).output();
+        let status: Value =
+            serde_json::from_slice(&status.expect("xftrace ran").stdout).expect("JSON");
+        let looks = &status[0]["integrity"]["looks"];
+        looks.as_u64().unwrap_or_else(|| panic!("{status:#}"))
     }
 
     fn check(&self, args: &[&str]) -> Value {
@@ -162,24 +193,15 @@ impl Soaked {
 
     /// Nothing is found in the memory of the guest: not now, and not in all the
     /// looks that the helper took while the guest worked.
-    fn memory_is_clean(&self, plan: &Plan) {
+    fn memory_is_clean(&self) {
         let verdict = self.check(&["-d", self.traced.name()]);
         let memory = &verdict["memory"];
         assert_eq!(memory["conclusion"], "clean", "{memory:#}");
-
-        let status = self.traced.command(&["status", "--json"]).output();
-        let status: Value =
-            serde_json::from_slice(&status.expect("xftrace ran").stdout).expect("JSON");
-        let patrol = &status[0]["integrity"];
-        let looks = patrol["looks"].as_u64().expect("a count");
-        println!("{}: {looks} looks at its memory", self.traced.name());
-        // A look may be put off, on a machine that is loaded; most are not.
-        assert!(looks > plan.work.as_secs() / 4, "{patrol:#}");
         let found = self.traced.lab().sessions(self.traced.name());
         let found = std::fs::read_to_string(found.join(FINDINGS_FILE));
         assert_eq!(found.unwrap_or_default(), "", "while it worked");
         // That is told also where the domain's baseline is yet to be learnt.
-        if !self.learnt {
+        if !self.learnt.get() {
             let flow = &verdict["flow"];
             assert_eq!(flow["conclusion"], "could-not-tell", "{flow:#}");
             let doubts = flow["doubts"].to_string();
@@ -224,27 +246,24 @@ fn put(guest: &TestGuest, path: &str, bytes: &[u8]) {
 
 fn stays_clean(name: &str, kernel: &str) {
     let plan = Plan::named();
-    let mut soaked = Soaked::enrol(name, kernel);
-    let learnt: Vec<PathBuf> = (0..plan.learn)
-        .map(|seed| soaked.session(&plan, seed))
-        .collect();
-    let mut learn = soaked.traced.xftrace(soaked.traced.dir());
-    learn
-        .args(["baseline", "learn", &soaked.baseline])
-        .args(&learnt);
-    let learn = learn.assert().success();
-    println!("{}", String::from_utf8_lossy(&learn.get_output().stdout));
-
-    for session in learnt {
-        std::fs::remove_dir_all(session).expect("a session");
+    let soaked = Soaked::enrol(name, kernel);
+    for boot in 0..plan.learn {
+        soaked.boot(&plan, boot, |session| {
+            let mut learn = soaked.traced.xftrace(soaked.traced.dir());
+            learn
+                .args(["baseline", "learn", &soaked.baseline])
+                .arg(session);
+            let learn = learn.assert().success();
+            println!("{}", String::from_utf8_lossy(&learn.get_output().stdout));
+            soaked.learnt.set(true);
+        });
     }
-    soaked.learnt = true;
     let started = Instant::now();
     let mut calls = 0;
     for boot in 0..plan.judge {
-        let session = soaked.session(&plan, 1000 + boot);
-        calls += soaked.is_clean(&session);
-        std::fs::remove_dir_all(&session).expect("a session");
+        soaked.boot(&plan, 1000 + boot, |session| {
+            calls += soaked.is_clean(session)
+        });
         println!(
             "{kernel}: boot {} of {}: clean; {calls} calls so far, {:?}",
             boot + 1,
