@@ -49,7 +49,9 @@ impl Image {
             out::message(&format!("warning: the image has holes: {text}"));
         }
         let place = option.symbols.as_ref().unwrap_or(&config.paths.symbols);
-        let found = Sources::new(vec![place.clone()]).fitting(&ram)?.find(&ram);
+        let found = Sources::new(vec![place.clone()])
+            .fitting(&ram)?
+            .find(&ram, None);
         let found = found.map_err(|why| match left_out {
             Some(text) => why.context(format!(
                 "no kernel can be found, perhaps for the image's holes ({text}); save it anew \

@@ -164,6 +164,7 @@ fn print(out: &mut impl Write, status: &Status) -> std::io::Result<()> {
             silent_ms,
             symbols,
             mode,
+            rivals,
             cannot,
             ..
         } => {
@@ -171,6 +172,9 @@ fn print(out: &mut impl Write, status: &Status) -> std::io::Result<()> {
             writeln!(out, "           slide {slide:#x}, {levels}-level paging, last sign of life {silent_ms} ms ago")?;
             writeln!(out, "  symbols  {}", symbols.display())?;
             writeln!(out, "  mode     {}", mode.text())?;
+            if let Some(why) = rivals {
+                writeln!(out, "           not trusted: {why}")?;
+            }
             if let Some(why) = cannot {
                 writeln!(out, "           cannot be traced as it is: {why}")?;
             }

@@ -7,10 +7,11 @@ use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
 use crate::kernel::control::SwitchState;
-use crate::ram::Gpa;
+use crate::libvirt::run_dir::RunDir;
 use crate::session::{EndReason, Meta, Mode, State, META_FILE};
 
 use super::engine::Engine;
+use super::place;
 use super::trace::Trace;
 use super::watch::Guest;
 
@@ -44,6 +45,10 @@ impl Engine {
         let Some(guest) = self.watch.guest.clone() else {
             return Ok(());
         };
+        // Nothing is done on a guess. This is called again when it is none any more.
+        if self.watch.rivals().is_some() {
+            return Ok(());
+        }
         if let Some(again) = self.boots_said.say() {
             log::info!(
                 "found the guest's kernel: {} (slide {:#x}, {}-level paging){again}",
@@ -51,6 +56,11 @@ impl Engine {
                 guest.kernel.slide,
                 guest.kernel.levels
             );
+        }
+        let place = guest.kernel.phys_text;
+        let run_dir = RunDir::at(&self.config.paths.run);
+        if let Err(error) = place::note(&run_dir, self.domain.uuid, self.attached.qemu, place) {
+            log::warn!("where the guest's kernel lies is not noted for the next helper: {error:#}");
         }
         // The first look, for the clock.
         self.look()?;
@@ -95,18 +105,6 @@ impl Engine {
             }
         }
         Ok(())
-    }
-
-    /// Where the guest's kernel was, by the session that a helper of this same
-    /// QEMU process left open.
-    pub(super) fn last_place(&self) -> Option<Gpa> {
-        let metas = self.sessions().into_iter().map(|dir| Meta::load(&dir).ok());
-        let mut open = metas.flatten().filter(|meta| {
-            meta.state != State::Closed
-                && meta.uuid == self.domain.uuid
-                && meta.qemu == self.attached.qemu
-        });
-        Some(Gpa(open.next()?.boots.last()?.phys_text))
     }
 
     /// Goes on with a session that a helper of this same QEMU process left

@@ -9,9 +9,10 @@
 //!
 //! 1. The kernel that is attached stays for as long as it lives.
 //! 2. Where one was before is where it is still: a kernel does not move. The
-//!    place is that of the kernel attached last, or of the last boot of the
-//!    session that another helper left open.
-//! 3. The one at the lowest address. Of several files of symbols that fit it,
+//!    place is that of the kernel attached last, by this helper or another
+//!    ([`super::place`]).
+//! 3. The one at the lowest address; but that is a guess, and nothing is traced on
+//!    the strength of it while another lives. Of several files of symbols that fit it,
 //!    one comes first that says where the list of functions is, which was
 //!    compared then.
 //!
@@ -49,6 +50,11 @@ impl Candidates {
     /// Notes where the guest's kernel is.
     pub(super) fn known_at(&mut self, place: Gpa) {
         self.known = Some(place);
+    }
+
+    /// Whether this is where it was.
+    pub(super) fn is_known(&self, place: Gpa) -> bool {
+        self.known == Some(place)
     }
 
     /// Forgets how they moved: the one that is attached lives.

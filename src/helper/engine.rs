@@ -15,12 +15,14 @@ use crate::detect::Store;
 use crate::kernel::stock::command_line;
 use crate::libvirt::enrolment::Enrolment;
 use crate::libvirt::live::LiveXml;
+use crate::libvirt::run_dir::RunDir;
 use crate::libvirt::xml::DomainXml;
 use crate::session::{domain_dir, DomainFindings, EndReason, Finding, FindingKind, Meta, Mode};
 
 use super::graphs::Graphs;
 use super::notify::Notifier;
 use super::patrol::{Orders, Patrol};
+use super::place;
 use super::protocol::{GuestStatus, Reply, Request, Status, TraceStatus};
 use super::ratelimit::RateLimit;
 use super::settle::Settling;
@@ -167,7 +169,8 @@ impl Engine {
             notifier,
             patrol,
         };
-        if let Some(place) = engine.last_place() {
+        let run_dir = RunDir::at(&engine.config.paths.run);
+        if let Some(place) = place::noted(&run_dir, engine.domain.uuid, engine.attached.qemu) {
             engine.watch.known_at(place);
         }
         engine
@@ -428,6 +431,7 @@ impl Engine {
                     levels: guest.kernel.levels,
                     silent_ms: self.watch.silent().as_millis() as u64,
                     mode: guest.link.mode(),
+                    rivals: self.watch.rivals().map(ToString::to_string),
                     cannot,
                     command_line,
                 }

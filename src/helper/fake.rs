@@ -61,6 +61,8 @@ pub(super) struct Knobs {
     pub(super) pipe_is_open: AtomicBool,
     /// It does nothing at all.
     pub(super) dead: AtomicBool,
+    /// For how long it works at a command, milliseconds.
+    pub(super) work: AtomicU32,
     /// It beats, and takes no command up.
     pub(super) deaf: AtomicBool,
     /// What happens right before it says that it has gone off.
@@ -143,6 +145,11 @@ impl Setting {
         drop(old);
     }
 
+    /// As if no helper had ever seen the guest's kernel.
+    pub(super) fn forget_place(&self) {
+        fs::remove_dir_all(self.dir.path().join("run")).expect("a directory");
+    }
+
     /// Round after round until it is as it should be.
     pub(super) fn until(&mut self, what: &str, mut is_so: impl FnMut(&mut Self) -> bool) {
         let begun = Instant::now();
@@ -179,10 +186,17 @@ impl Setting {
 
     /// Makes the planted kernel's heart beat.
     pub(super) fn beat_planted(&self) {
-        let control = PLANTED.0 + (self.control.0 - TRUE.0);
-        let beats = Gpa(control + at::BEATS);
-        let next = self.ram.read_u64(beats).expect("RAM") + 1;
-        self.ram.write_u64(beats, next).expect("written");
+        self.planted_heart()();
+    }
+
+    /// What makes it beat, for another thread.
+    pub(super) fn planted_heart(&self) -> impl Fn() + Send + 'static {
+        let beats = Gpa(PLANTED.0 + (self.control.0 - TRUE.0) + at::BEATS);
+        let ram = Arc::clone(&self.ram);
+        move || {
+            let next = ram.read_u64(beats).expect("RAM") + 1;
+            ram.write_u64(beats, next).expect("written");
+        }
     }
 
     /// Gives the planted kernel a boot id of its own.
@@ -239,6 +253,7 @@ fn engine(dir: &Path, config: &Config, ram: Arc<VecRam>) -> Engine {
     let mut config = config.clone();
     config.paths.sessions = dir.join("sessions");
     config.paths.symbols = dir.join("symbols");
+    config.paths.run = dir.join("run");
     let xml =
         format!("<domain id='1'><name>web1</name><uuid>{UUID}</uuid><memory>1</memory></domain>");
     let domain = DomainXml::parse_bytes(xml.as_bytes()).expect("a domain");
@@ -310,6 +325,9 @@ fn run_kernel(ram: &VecRam, control: Gpa, knobs: &Knobs) {
         }
         let (command, nr) = (get(at::HOST_COMMAND), get(at::HOST_NR));
         set(at::SEEN, seq);
+        std::thread::sleep(Duration::from_millis(
+            knobs.work.load(Ordering::Acquire).into(),
+        ));
         let stop = |recording: &mut bool| {
             if get(at::STATE) == ON {
                 *recording = false;

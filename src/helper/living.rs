@@ -7,9 +7,11 @@ use std::time::{Duration, Instant};
 use crate::config::Config;
 use crate::kernel::{Kernel, Symbols};
 use crate::libvirt::enrolment::Enrolment;
+use crate::libvirt::run_dir::RunDir;
 use crate::libvirt::xml::DomainXml;
 
 use super::attach::Attached;
+use super::place;
 use super::sources::Sources;
 use super::watch::{Seen, Watch};
 
@@ -32,10 +34,11 @@ pub(super) fn places(enrolment: Option<&Enrolment>, config: &Config) -> Vec<Path
 }
 
 /// Finds the kernel that lives; where none is seen to within `patience` (a
-/// paused guest's does not), or none can be traced, the most convincing one.
+/// paused guest's does not), or none can be traced, the one where a helper has
+/// seen it, or else the most convincing one.
 ///
 /// # Errors
-/// If there is none, with what there is instead.
+/// If there is none, with what there is instead; and if several live.
 pub fn find_living(
     domain: &DomainXml,
     config: &Config,
@@ -44,10 +47,18 @@ pub fn find_living(
 ) -> anyhow::Result<Living> {
     let places = places(Enrolment::of(domain, config).as_ref(), config);
     let mut watch = Watch::new(places.clone(), attached.max_cpus);
+    let run_dir = RunDir::at(&config.paths.run);
+    let known = place::noted(&run_dir, domain.uuid, attached.qemu);
+    if let Some(place) = known {
+        watch.known_at(place);
+    }
     let ram = &*attached.ram;
     let until = Instant::now() + patience;
     while Instant::now() < until {
         if let (Seen::Booted, Some(guest)) = (watch.look(ram)?, watch.guest.take()) {
+            if let Some(rivals) = watch.rivals() {
+                anyhow::bail!("{rivals}");
+            }
             return Ok(Living {
                 kernel: guest.kernel,
                 symbols: guest.symbols,
@@ -55,7 +66,7 @@ pub fn find_living(
         }
         std::thread::sleep(PAUSE);
     }
-    let found = Sources::new(places).fitting(ram)?.find(ram)?;
+    let found = Sources::new(places).fitting(ram)?.find(ram, known)?;
     Ok(Living {
         kernel: found.kernel,
         symbols: found.symbols,

@@ -36,6 +36,7 @@ mod living;
 mod modules;
 mod notify;
 mod patrol;
+mod place;
 pub mod protocol;
 mod ratelimit;
 mod requests;

@@ -129,6 +129,8 @@ pub enum GuestStatus {
         silent_ms: u64,
         /// How far its records can be trusted.
         mode: Mode,
+        /// Why it may not be the one that runs.
+        rivals: Option<String>,
         /// Why the functions that the domain is enrolled with cannot be traced
         /// as it is booted.
         cannot: Option<String>,

@@ -99,6 +99,9 @@ impl Engine {
         }
         let (names, addresses) = self.resolve(&functions)?;
         let guest = self.alive()?;
+        if let Some(rivals) = self.watch.rivals() {
+            anyhow::bail!("{rivals}");
+        }
         let mode = guest.link.mode();
         if let Some(why) = guest
             .link

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::kernel::{banners, find_all, has_banner, Kernel, Symbols};
-use crate::ram::{GuestRam, RamError};
+use crate::ram::{Gpa, GuestRam, RamError};
 use crate::symfiles::{Head, Known};
 
 /// Looking through all memory for what the guest runs instead takes seconds:
@@ -73,28 +73,34 @@ pub(crate) struct Found {
 }
 
 impl Fitting {
-    /// The first of the kernels that is in memory.
+    /// The first of the kernels that is in memory; one at this place before others.
     ///
     /// # Errors
     /// If there is none, with what there is instead.
-    pub(crate) fn find(self, ram: &dyn GuestRam) -> anyhow::Result<Found> {
+    pub(crate) fn find(self, ram: &dyn GuestRam, place: Option<Gpa>) -> anyhow::Result<Found> {
         let mut why = anyhow::Error::msg(self.why);
+        let mut first = None;
         for (path, symbols) in self.found {
             match find_all(ram, &symbols) {
                 Ok(mut kernels) => {
+                    let known = kernels.iter().position(|one| Some(one.phys_text) == place);
                     // `find_all` gives one at least.
-                    let kernel = kernels.remove(0);
-                    return Ok(Found {
+                    let kernel = kernels.remove(known.unwrap_or(0));
+                    let found = Found {
                         kernel,
                         others: kernels.len(),
                         symbols,
                         path,
-                    });
+                    };
+                    if known.is_some() || place.is_none() {
+                        return Ok(found);
+                    }
+                    first.get_or_insert(found);
                 }
                 Err(error) => why = error.into(),
             }
         }
-        Err(why)
+        first.ok_or(why)
     }
 }
 

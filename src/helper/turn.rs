@@ -15,7 +15,7 @@ use super::watch::{wall_ns, Guest, Seen};
 /// For the guest to take a command up: it looks every 100 ms or sooner.
 const PICKUP_LIMIT: Duration = Duration::from_secs(10);
 /// For the guest's kernel to patch its call sites, under emulation.
-const WORK_LIMIT: Duration = Duration::from_secs(120);
+pub(super) const WORK_LIMIT: Duration = Duration::from_secs(120);
 /// For the guest's heart to beat: the ticks of a kernel that is idle stand
 /// still for a second and more.
 const ALIVE_LIMIT: Duration = Duration::from_secs(5);

@@ -7,6 +7,7 @@
 //! kernel is taken only once two looks at it differ; see [`super::candidates`]
 //! for when more than one of them lives.
 
+use std::fmt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
@@ -21,12 +22,18 @@ use super::candidates::Candidates;
 use super::clocks::Clocks;
 use super::link::{Link, Pulse};
 use super::sources::{Fitting, Sources};
+use super::turn::WORK_LIMIT;
 
 /// How often memory is searched for a kernel; less often where that takes
 /// longer, so that a guest cannot make it our only work.
 const SEARCH_EVERY: Duration = Duration::from_millis(250);
 /// A heart that stands still for longer may have stopped: search again.
 const SILENT: Duration = Duration::from_secs(2);
+/// At how many searches in a row no other kernel may be seen to live before there
+/// is none.
+const RIVALS_GONE: u32 = 8;
+/// How many places of others are listed.
+const RIVALS_SHOWN: usize = 4;
 /// A heart that beat within this time is alive: guest memory may be written.
 const FRESH: Duration = Duration::from_millis(400);
 
@@ -78,12 +85,47 @@ impl Liveness {
     }
 }
 
+/// A kernel in memory, its symbols, and where these are from.
+type Candidate = (Kernel, Arc<Symbols>, PathBuf);
+
+/// More kernels than one that live.
+#[derive(Debug)]
+pub(super) struct Rivals {
+    places: Vec<Gpa>,
+    /// At how many searches in a row there was no other.
+    unseen: u32,
+}
+
+impl fmt::Display for Rivals {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} kernels seem to live in the guest's memory, and nothing tells which of them it \
+             runs: somebody who controls its kernel keeps copies of it alive (at",
+            self.places.len()
+        )?;
+        for (index, place) in self.places.iter().take(RIVALS_SHOWN).enumerate() {
+            write!(f, "{} {place}", if index == 0 { "" } else { "," })?;
+        }
+        let more = if self.places.len() > RIVALS_SHOWN {
+            ", ..."
+        } else {
+            ""
+        };
+        write!(
+            f,
+            "{more}); a reboot ends them, and xftrace knows the kernel from then on"
+        )
+    }
+}
+
 /// What a look came to.
 #[derive(Debug)]
 pub(super) enum Seen {
     /// Nothing new.
     Same,
-    /// A kernel was found, where there was none or another one.
+    /// A kernel was found, where there was none or another one, or where several
+    /// lived.
     Booted,
     /// The kernel has gone: the guest was reset.
     Gone,
@@ -104,8 +146,10 @@ pub(super) struct Watch {
     /// When memory may be searched again.
     search_at: Instant,
     candidates: Candidates,
+    /// Others that live as well, where nothing tells which of them runs.
+    rivals: Option<Rivals>,
     /// Whether it was told that more than one lives.
-    pub(super) rivals_told: bool,
+    rivals_told: bool,
     clocks: Clocks,
 }
 
@@ -123,6 +167,7 @@ impl Watch {
             beat_at: Instant::now(),
             search_at: Instant::now(),
             candidates: Candidates::default(),
+            rivals: None,
             rivals_told: false,
             clocks: Clocks::default(),
         }
@@ -156,6 +201,7 @@ impl Watch {
         };
         if !guest.link.is_there(ram)? {
             self.guest = None;
+            self.rivals = None;
             self.liveness.gone();
             self.why = "the guest was reset and has not come up again yet".to_owned();
             return Ok(Seen::Gone);
@@ -169,11 +215,48 @@ impl Watch {
             }
         }
         self.last = Some(pulse);
-        if self.silent() > SILENT {
+        // It patches thousands of places for a command, and a slow host is slow at it.
+        let patience = if self.busy() { WORK_LIMIT } else { SILENT };
+        if self.silent() > patience {
             return self.search(ram);
+        }
+        if self.rivals.is_some() {
+            return self.look_for_rivals(ram);
         }
         self.candidates.clear();
         Ok(Seen::Same)
+    }
+
+    /// Whether the others still live, now and then.
+    fn look_for_rivals(&mut self, ram: &dyn GuestRam) -> Result<Seen, RamError> {
+        let begun = Instant::now();
+        if begun < self.search_at {
+            return Ok(Seen::Same);
+        }
+        self.kernels(ram)?;
+        let living = self.candidates.living(true);
+        if let Some(rivals) = &mut self.rivals {
+            if living.len() > 1 {
+                *rivals = Rivals {
+                    places: living,
+                    unseen: 0,
+                };
+            } else if rivals.unseen < RIVALS_GONE {
+                rivals.unseen += 1;
+            } else {
+                log::info!("no other kernel seems to live in the guest's memory any more");
+                self.rivals = None;
+                self.note_place();
+                return Ok(Seen::Booted);
+            }
+        }
+        self.search_at = Instant::now() + begun.elapsed().max(SEARCH_EVERY);
+        Ok(Seen::Same)
+    }
+
+    /// Why the kernel that was taken may not be the one that runs.
+    pub(super) fn rivals(&self) -> Option<&Rivals> {
+        self.rivals.as_ref()
     }
 
     /// Looks for a kernel that lives, now and then.
@@ -188,7 +271,9 @@ impl Watch {
         seen
     }
 
-    fn search_now(&mut self, ram: &dyn GuestRam) -> Result<Seen, RamError> {
+    /// All kernels in memory that the symbols fit, which the candidates are told
+    /// of; and why there may be none.
+    fn kernels(&mut self, ram: &dyn GuestRam) -> Result<(Vec<Candidate>, String), RamError> {
         let Fitting { mut found, mut why } = self.sources.fitting(ram)?;
         found.sort_by_key(|(_, symbols)| symbols.address("kallsyms_offsets").is_none());
         let mut there = Vec::new();
@@ -207,6 +292,11 @@ impl Watch {
                 there.push((kernel, Arc::clone(&symbols), path.clone()));
             }
         }
+        Ok((there, why))
+    }
+
+    fn search_now(&mut self, ram: &dyn GuestRam) -> Result<Seen, RamError> {
+        let (there, mut why) = self.kernels(ram)?;
         let living = self.candidates.living(self.guest.is_some());
         // Where none lives, what is wrong with one of them may tell why.
         let first = there.first().filter(|_| self.guest.is_none());
@@ -216,7 +306,10 @@ impl Watch {
         } else {
             &living
         };
-        let current = self.guest.as_ref().map(|guest| guest.link.boot_id());
+        // A copy has the boot id of what it was copied from.
+        let which = |kernel: &Kernel, link: &Link| (link.boot_id(), kernel.phys_text);
+        let current = self.guest.as_ref();
+        let current = current.map(|guest| which(&guest.kernel, &guest.link));
         for place in looked_at {
             for (kernel, symbols, path) in there.iter().filter(|at| at.0.phys_text == *place) {
                 let link = match Link::attach(ram, kernel, symbols) {
@@ -230,8 +323,8 @@ impl Watch {
                 };
                 if living.is_empty() {
                     "a kernel is there, and its heart has not beaten yet".clone_into(&mut why);
-                } else if Some(link.boot_id()) != current {
-                    self.tell_of_rivals(&living);
+                } else if Some(which(kernel, &link)) != current {
+                    self.meet_rivals(&living);
                     self.take(Guest {
                         kernel: kernel.clone(),
                         link,
@@ -248,14 +341,27 @@ impl Watch {
         Ok(Seen::Same)
     }
 
-    /// Says once what it means that more than one lives.
-    fn tell_of_rivals(&mut self, living: &[Gpa]) {
-        if let ([taken, _, ..], false) = (living, self.rivals_told) {
+    /// What it means that more than one lives: the first of them is taken.
+    fn meet_rivals(&mut self, living: &[Gpa]) {
+        self.rivals = None;
+        let [taken, _, ..] = living else { return };
+        let is_known = self.candidates.is_known(*taken);
+        if !is_known {
+            self.rivals = Some(Rivals {
+                places: living.to_vec(),
+                unseen: 0,
+            });
+        }
+        if !self.rivals_told {
             self.rivals_told = true;
+            let which = if is_known {
+                "where it was before, which is the true one's place"
+            } else {
+                "at the lowest address, and nothing is traced while that is a guess"
+            };
             log::warn!(
                 "{} kernels seem to live in the guest's memory: somebody who controls its kernel \
-                 keeps copies of it alive; took the one at {taken}, and what it tells may be \
-                 false (told once)",
+                 keeps copies of it alive; took the one at {taken}, {which} (told once)",
                 living.len()
             );
         }
@@ -270,13 +376,21 @@ impl Watch {
     /// holds.
     pub(super) fn lost(&mut self, why: &str) {
         self.guest = None;
+        self.rivals = None;
         self.liveness.gone();
         why.clone_into(&mut self.why);
     }
 
+    /// From now on the kernel is known to be where it is, unless that is a guess.
+    fn note_place(&mut self) {
+        if let (Some(guest), None) = (&self.guest, &self.rivals) {
+            self.candidates.known_at(guest.kernel.phys_text);
+        }
+    }
+
     fn take(&mut self, guest: Guest) {
-        self.candidates.known_at(guest.kernel.phys_text);
         self.guest = Some(guest);
+        self.note_place();
         self.last = None;
         self.beat_at = Instant::now();
         self.clocks = Clocks::default();

@@ -1,6 +1,6 @@
 //! The run directory (/run/xftrace): for each running domain that is traced,
-//! its XML, the lock of its helper, and its helper's socket, all named by
-//! UUID.
+//! its XML, the lock of its helper, its helper's socket, and where its kernel lies
+//! in its memory, all named by UUID.
 //!
 //! Who does what, so that no start of a domain is missed:
 //!
@@ -98,12 +98,28 @@ impl RunDir {
     /// # Errors
     /// Where the directory cannot be written.
     pub fn save(&self, uuid: Uuid, xml: &[u8]) -> Result<PathBuf, RunDirError> {
+        self.replace(self.xml_path(uuid), xml)
+    }
+
+    /// Saves what is known of where a domain's kernel lies, in the same way.
+    ///
+    /// # Errors
+    /// Where the directory cannot be written.
+    pub fn save_kernel(&self, uuid: Uuid, text: &[u8]) -> Result<PathBuf, RunDirError> {
+        self.replace(self.file(uuid, "kernel"), text)
+    }
+
+    /// What was saved of that, if it can be read.
+    pub fn kernel(&self, uuid: Uuid) -> Option<Vec<u8>> {
+        fs::read(self.file(uuid, "kernel")).ok()
+    }
+
+    fn replace(&self, path: PathBuf, content: &[u8]) -> Result<PathBuf, RunDirError> {
         self.create()?;
-        let path = self.xml_path(uuid);
         // A temporary file is 0600 from its creation on.
         tempfile::NamedTempFile::new_in(&self.path)
             .and_then(|mut file| {
-                file.write_all(xml)?;
+                file.write_all(content)?;
                 file.persist(&path).map_err(|error| error.error)
             })
             .map_err(failed("write", &path))?;
@@ -160,7 +176,7 @@ impl RunDir {
         all
     }
 
-    /// Removes what is left of a domain that has ended: its XML, and the
+    /// Removes what is left of a domain that has ended: its XML, its kernel's place, and the
     /// socket and lock of a helper that is no more. Those of a helper that
     /// still writes the last trace are its own to remove.
     ///
@@ -168,8 +184,8 @@ impl RunDir {
     /// Where a file is there and cannot be removed.
     pub fn forget(&self, uuid: Uuid) -> Result<(), RunDirError> {
         let stale: &[&str] = match self.has_helper(uuid) {
-            true => &["xml"],
-            false => &["xml", "sock", "lock"],
+            true => &["xml", "kernel"],
+            false => &["xml", "kernel", "sock", "lock"],
         };
         for kind in stale {
             let path = self.file(uuid, kind);

@@ -116,18 +116,36 @@ fn false_kernels_that_live_do_not_move_a_keyed_trace() {
     let lowest = found.iter().map(|kernel| kernel.phys_text.0).min();
     assert!(lowest < Some(session.meta.boots[0].phys_text), "{found:x?}");
 
-    // A helper that knows of no session cannot tell them apart, and says so.
+    // A helper that takes nothing over knows the true one too.
     traced.kill_helper();
-    let helper = traced.command(&["on", "sys_read"]).output().unwrap();
-    println!("{}", String::from_utf8_lossy(&helper.stderr));
-    traced.until("a kernel", |status| {
-        matches!(status.guest, GuestStatus::Alive { .. })
-    });
-    let log = traced.log();
-    assert!(
-        log.contains("kernels seem to live in the guest's memory"),
-        "{log}"
+    traced.on(&["sys_read"]);
+    let pid = reads_of(&traced, READS);
+    let beside = traced.off();
+    assert_eq!(
+        beside.meta.boots[0].phys_text,
+        session.meta.boots[0].phys_text
     );
+    assert_eq!(recorded_reads(&beside, 1, pid), READS);
+
+    // One to which nobody has told where the kernel was cannot tell them apart. It
+    // says so, and traces none.
+    traced.kill_helper();
+    let run = traced.lab().dir().join("run/xftrace");
+    let place = format!("{}.kernel", traced.uuid().unwrap());
+    std::fs::remove_file(run.join(place)).expect("a place");
+    wait_for(SOON, || {
+        let on = traced.command(&["on", "sys_read"]).output()?;
+        let said = String::from_utf8_lossy(&on.stderr).into_owned();
+        println!("{said}");
+        assert_eq!(on.status.code(), Some(2), "{said}");
+        Ok(said
+            .contains("kernels seem to live in the guest's memory")
+            .then_some(()))
+    })
+    .unwrap();
+    let status = traced.command(&["status"]).output().unwrap();
+    let status = String::from_utf8_lossy(&status.stdout).into_owned();
+    assert!(status.contains("not trusted: "), "{status}");
 
     // Once they live no more, the true one is found.
     planted.kill(9).unwrap();
