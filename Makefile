@@ -23,10 +23,12 @@ demo: ## trace a guest from nothing: build, boot, enrol, trace, show (root)
 
 # From quick to slow, so that what fails early fails soon. The guests' kernels are
 # built before the tests that boot them, for their progress to be seen; the
-# end-to-end tests run with the binary that users run.
+# end-to-end tests run with the binary that users run, and what may take so long is
+# measured of that too.
 test: ## run all tests, the end-to-end ones with real guests too (root)
 	tests/lab/bootstrap --test
 	$(CARGO) test --locked --workspace
+	$(CARGO) test --locked --release --test large_guest --test large_symbols
 	guest-kernel-patches/check 6.1
 	guest-kernel-patches/check 6.12
 	packaging/test-deb

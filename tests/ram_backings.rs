@@ -20,6 +20,8 @@ use xftrace::ram::{
 };
 
 const MIB: u64 = 1 << 20;
+/// Where RAM goes on that has no room below 4 GiB.
+const ABOVE_HOLE: u64 = 4 << 30;
 /// Where the second piece begins, and how long each is.
 const HIGH: u64 = 16 * MIB;
 const PIECE: u64 = 2 * MIB;
@@ -554,15 +556,42 @@ fn an_image_that_cannot_be_read_says_why() {
 
 #[test]
 fn an_elf_image_with_holes_tells_them() {
-    let mut bytes = elf_header(&[(0, PAGE_SIZE, 3 * PAGE_SIZE), (HIGH, PAGE_SIZE, PAGE_SIZE)]);
+    let mut bytes = elf_header(&[
+        (0, PAGE_SIZE, 3 * PAGE_SIZE),
+        (ABOVE_HOLE, PAGE_SIZE, PAGE_SIZE),
+    ]);
     bytes.resize(bytes.len() + 2 * PAGE_SIZE as usize, 7);
     let ram = open_image(&bytes).unwrap();
     assert_eq!(ram.left_out(), [(Gpa(PAGE_SIZE), 2 * PAGE_SIZE)]);
-    assert_eq!(ram.read_u32(Gpa(HIGH)).unwrap(), 0x0707_0707);
+    assert_eq!(ram.read_u32(Gpa(ABOVE_HOLE)).unwrap(), 0x0707_0707);
     let hole = ram.read_u64(Gpa(PAGE_SIZE)).unwrap_err().to_string();
     assert!(
         hole.contains("0x1000") && hole.contains("not RAM"),
         "{hole}"
+    );
+}
+
+/// A whole part that is missing is a hole too; that between low and high RAM is none,
+/// nor what is below 1 MiB, nor what is in front of a memory module.
+#[test]
+fn an_elf_image_without_a_part_tells_it() {
+    const MIB: u64 = 1 << 20;
+    let parts = [
+        (0, PAGE_SIZE, PAGE_SIZE),
+        (MIB, PAGE_SIZE, PAGE_SIZE),
+        (3 * MIB, PAGE_SIZE, 2 * PAGE_SIZE),
+        (ABOVE_HOLE, PAGE_SIZE, PAGE_SIZE),
+        (2 * ABOVE_HOLE, PAGE_SIZE, PAGE_SIZE),
+    ];
+    let mut bytes = elf_header(&parts);
+    bytes.resize(bytes.len() + parts.len() * PAGE_SIZE as usize, 7);
+    let ram = open_image(&bytes).unwrap();
+    assert_eq!(
+        ram.left_out(),
+        [
+            (Gpa(MIB + PAGE_SIZE), 2 * MIB - PAGE_SIZE),
+            (Gpa(3 * MIB + PAGE_SIZE), PAGE_SIZE)
+        ]
     );
 }
 

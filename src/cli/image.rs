@@ -57,7 +57,9 @@ impl Image {
                 "no kernel can be found, perhaps for the image's holes ({text}); save it anew \
                  with `virsh dump --memory-only`"
             )),
-            None => why,
+            None => why.context(
+                "no kernel can be found in the image: is it whole, and of a guest that had booted?",
+            ),
         })?;
         Ok(Self {
             link: Link::attach(&ram, &found.kernel, &found.symbols),

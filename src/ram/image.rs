@@ -236,6 +236,7 @@ fn segments(file: &File, size: u64) -> Result<Segments, ImageError> {
         }
     })?;
     let mut segments = Segments::default();
+    let mut spans = Vec::new();
     for part in headers.iter().filter(|part| part.p_type(endian) == PT_LOAD) {
         let (offset, length) = part.file_range(endian);
         let gpa = part.p_paddr(endian);
@@ -244,6 +245,7 @@ fn segments(file: &File, size: u64) -> Result<Segments, ImageError> {
         if need > size {
             return Err(ImageError::CutShort { have: size, need });
         }
+        spans.push((gpa, gpa.saturating_add(memory.max(length))));
         if length > 0 {
             segments.parts.push((gpa, offset, length));
         }
@@ -252,7 +254,27 @@ fn segments(file: &File, size: u64) -> Result<Segments, ImageError> {
             segments.left_out.push((from, memory - length));
         }
     }
+    segments.left_out.extend(gaps(spans));
+    segments.left_out.sort_unstable();
     Ok(segments)
+}
+
+/// What lies between the parts of a dump, where a PC's RAM has no hole: from the end
+/// of the first MiB, which video memory and ROMs cut up, to the last part below 4 GiB.
+/// Memory modules begin at round addresses above that.
+fn gaps(mut spans: Vec<(u64, u64)>) -> Vec<(Gpa, u64)> {
+    const LOW: u64 = 1 << 20;
+    const HIGH: u64 = 4 << 30;
+    spans.sort_unstable();
+    let mut gaps = Vec::new();
+    let mut end = LOW;
+    for (from, to) in spans {
+        if from > end && from < HIGH {
+            gaps.push((Gpa(end), from - end));
+        }
+        end = end.max(to);
+    }
+    gaps
 }
 
 impl GuestRam for ImageRam {

@@ -426,9 +426,10 @@ fn an_index_that_lies_of_itself_is_refused() {
     assert_eq!(stored.len(), 1);
 }
 
-/// An index of a large kernel is read faster than its System.map, and quickly.
+/// An index of a large kernel is read faster than its System.map. How fast, is for
+/// tests/large_symbols.rs.
 #[test]
-fn an_index_of_400_000_symbols_loads_quickly() {
+fn an_index_of_400_000_symbols_loads_faster_than_its_map() {
     let mut text: String = marks()
         .iter()
         .map(|(address, kind, name)| format!("{address:x} {} {name}\n", char::from(*kind)))
@@ -459,9 +460,6 @@ fn an_index_of_400_000_symbols_loads_quickly() {
     let whole = best(&|| drop(index::read(&bytes).unwrap()));
     let glance = best(&|| drop(Head::read(&bytes[..]).unwrap()));
     println!("an index of 400,000 symbols: {whole:?}, its head: {glance:?}");
-    if !cfg!(debug_assertions) {
-        assert!(whole.as_millis() < 100, "{whole:?}");
-    }
     let lines = best(&|| drop(Known::parse(text.clone().into()).unwrap()));
     assert!(
         whole < lines,

@@ -48,6 +48,7 @@ fn boots_of(name: &str) -> Vec<Boot> {
     }));
     traced.on(&["sys_read"]);
     let dir = traced.session().dir().to_owned();
+    is_where_the_guest_says(&traced, &Meta::load(&dir).expect("a session"));
     let mut times = Vec::new();
     for boots in 2..=BOOTS {
         let reset = Instant::now();
@@ -58,16 +59,20 @@ fn boots_of(name: &str) -> Vec<Boot> {
         };
         wait_for(SOON, found).unwrap_or_else(|_| panic!("boot {boots}: {}", traced.log()));
         times.push(reset.elapsed());
+        is_where_the_guest_says(&traced, &Meta::load(&dir).expect("a session"));
     }
     println!("{name} from each reset until it is traced again: {times:.1?}");
 
-    // Where the guest itself says that its kernel is.
+    traced.off().meta.boots
+}
+
+/// The last boot's kernel was found where the guest itself says that it is.
+fn is_where_the_guest_says(traced: &Traced, meta: &Meta) {
     traced.wait_until_ready().unwrap();
     let line = traced.sh("grep ' _text$' /proc/kallsyms");
     let now = u64::from_str_radix(line.split(' ').next().unwrap(), 16).unwrap();
     let map = traced.lab().artifacts(traced.kernel()).unwrap().system_map;
     let link = Symbols::load(&map).unwrap().address("_text").unwrap().0;
-    let boots = traced.off().meta.boots;
-    assert_eq!(boots.last().unwrap().slide, now.wrapping_sub(link));
-    boots
+    let last = meta.boots.last().expect("a boot");
+    assert_eq!(last.slide, now.wrapping_sub(link), "boot {}", last.number);
 }

@@ -89,9 +89,9 @@ fn symbols_that_are_not_the_guests_are_refused() {
     enroll();
     let wrong: [(&str, &[u8], &[&str]); 4] = [
         (
-            "of a kernel without the patch",
+            "without what the patch brings",
             unpatched.as_bytes(),
-            &["does not run function_graph", "on its kernel command line"],
+            &["has the xftrace patch", "have no xftrace_control"],
         ),
         (
             "of another build of this version",

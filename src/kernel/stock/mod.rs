@@ -68,6 +68,12 @@ pub enum StockError {
          xftrace patch cannot be read; give its whole System.map or /proc/kallsyms"
     )]
     Symbol(&'static str),
+    /// The patch is there, and the symbols do not know of it.
+    #[error(
+        "the guest's kernel has the xftrace patch, and its symbols have no xftrace_control: \
+         they are not whole; give its whole System.map, vmlinux or vmlinuz"
+    )]
+    Patched,
     /// Built without function_graph.
     #[error(
         "the guest's kernel was built without CONFIG_FUNCTION_GRAPH_TRACER, whose records are \
@@ -179,6 +185,10 @@ impl Stock {
             return Err(StockError::NotBuiltIn);
         }
         let btf = Btf::of(ram, kernel, symbols)?;
+        // The guest's word, and no more than a hint for whoever gave the symbols.
+        if btf.structure("xftrace_control").is_ok() {
+            return Err(StockError::Patched);
+        }
         let offsets = Offsets::of(&btf)?;
         let canary = offsets.stack_canary.and_then(|offset| {
             let task = at("init_task").ok()?;

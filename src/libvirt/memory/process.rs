@@ -27,9 +27,9 @@ const USERS: [&str; 2] = ["libvirt-qemu", "qemu"];
 /// else the only one that was started with the domain's UUID.
 ///
 /// A command line proves nothing: everybody can give a process any. The PID file
-/// is libvirt's own. Where there is none, only processes of users count that
-/// libvirt may have started QEMU as, so that nobody else can pass one off for a
-/// domain's, or keep a domain's from being found.
+/// is libvirt's own, and may be older than the process that has the number now. So
+/// only processes of users count that libvirt may have started QEMU as: nobody else
+/// can pass one off for a domain's, or keep a domain's from being found.
 pub(super) fn find(
     proc: &Path,
     domain: &DomainXml,
@@ -38,8 +38,8 @@ pub(super) fn find(
     let pid_file = libvirt_run.join(format!("{}.pid", domain.name));
     let named = fs::read_to_string(pid_file).ok();
     if let Some(pid) = named.and_then(|text| text.trim().parse().ok()) {
-        // A PID file may be stale, or another domain's after a rename.
-        if let Some(found) = look(proc, pid, domain.uuid)? {
+        // It may be stale, or another domain's after a rename.
+        if let Some(found) = look(proc, pid, domain)? {
             return Ok(found);
         }
     }
@@ -50,8 +50,7 @@ pub(super) fn find(
         let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else {
             continue;
         };
-        let found = look(proc, pid, domain.uuid)?;
-        all.extend(found.filter(|_| may_be_libvirts(&proc.join(name), domain)));
+        all.extend(look(proc, pid, domain)?);
     }
     match (all.pop(), all.len()) {
         (Some(only), 0) => Ok(only),
@@ -84,8 +83,9 @@ impl Qemu {
 
 /// The process of this number, where it is a QEMU of this domain. None also
 /// where it ends while we look.
-fn look(proc: &Path, pid: i32, uuid: Uuid) -> Result<Option<Found>, MemoryError> {
+fn look(proc: &Path, pid: i32, domain: &DomainXml) -> Result<Option<Found>, MemoryError> {
     let dir = proc.join(pid.to_string());
+    let uuid = domain.uuid;
     // Most processes are not it: a cheap look first, without a descriptor.
     if !is_qemu_of(&command_line(&dir), uuid) {
         return Ok(None);
@@ -104,7 +104,8 @@ fn look(proc: &Path, pid: i32, uuid: Uuid) -> Result<Option<Found>, MemoryError>
         start_time,
         pidfd,
     };
-    if !is_qemu_of(&arguments, uuid) || !qemu.lives() {
+    let is_it = is_qemu_of(&arguments, uuid) && may_be_libvirts(&dir, domain);
+    if !is_it || !qemu.lives() {
         return Ok(None);
     }
     Ok(Some(Found { qemu, arguments }))

@@ -1,0 +1,59 @@
+//! A kernel with 400,000 symbols: once it is in the store, it is known quickly.
+
+use std::fmt::Write;
+use std::time::Duration;
+
+use nix::time::{clock_gettime, ClockId};
+use xftrace::symfiles::{Known, Store};
+
+mod support;
+use support::guest::{Guest, Plan};
+
+const SYMBOLS: u64 = 400_000;
+/// How long it may take; code that is not optimized may take longer.
+const LIMIT: Duration = Duration::from_millis(if cfg!(debug_assertions) { 1500 } else { 100 });
+
+/// What this thread has taken of the processors, so that others on the machine do not
+/// matter.
+fn processor_time() -> Duration {
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)
+        .expect("a clock")
+        .into()
+}
+
+#[test]
+fn a_kernel_with_400_000_symbols_is_loaded_quickly() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut map = Plan::default().system_map();
+    let from = Guest::SPARE + 0x10_0000;
+    for number in 0..SYMBOLS {
+        writeln!(
+            map,
+            "{:x} t some_function_number_{number}",
+            from + number * 16
+        )
+        .expect("text");
+    }
+    let file = dir.path().join("System.map");
+    std::fs::write(&file, map).expect("a file");
+    let store = Store::at(&dir.path().join("store"));
+    store.add(&file).expect("it is added");
+    let index = std::fs::read_dir(dir.path().join("store")).expect("the store");
+    let index = index.flatten().map(|entry| entry.path());
+    let index = index
+        .filter(|path| path.is_file())
+        .next()
+        .expect("an index");
+
+    let load = |_| {
+        let begun = processor_time();
+        let known = Known::load(&index).expect("it is read");
+        let took = processor_time() - begun;
+        let last = format!("some_function_number_{}", SYMBOLS - 1);
+        assert!(known.symbols.address(&last).is_some());
+        took
+    };
+    let took = (0..5).map(load).min().expect("five times");
+    println!("{SYMBOLS} symbols: {took:?}");
+    assert!(took < LIMIT, "{took:?}");
+}
