@@ -25,11 +25,15 @@ impl Engine {
                 self.attached.ram = attached.ram;
                 self.attached.files = attached.files;
             }
+            // libvirt may have written the XML before QEMU was done with it.
             Err(error) => {
-                log::error!(
-                    "the domain's memory modules have changed, and what the guest puts into a \
-                     new one is not read: {error:#}"
-                );
+                self.live.again();
+                if let Some(again) = self.said.say() {
+                    log::error!(
+                        "the domain's memory modules have changed, and what the guest puts into \
+                         a new one is not read: {error:#}; it is tried again{again}"
+                    );
+                }
                 return;
             }
         }

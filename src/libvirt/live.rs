@@ -59,6 +59,11 @@ impl LiveXml {
         let domain = DomainXml::parse(domain_in(&fs::read_to_string(&self.path).ok()?)?).ok()?;
         (domain.uuid == self.uuid && domain.id == self.id).then_some(domain)
     }
+
+    /// Has what was given last be given again: nothing came of it.
+    pub fn again(&mut self) {
+        self.seen = None;
+    }
 }
 
 fn stamp(path: &Path) -> Option<Stamp> {
@@ -113,7 +118,7 @@ mod tests {
         };
         assert_eq!(ask(), None);
         write(dir.path(), &text);
-        assert_eq!(ask(), Some(domain));
+        assert_eq!(ask().as_ref(), Some(&domain));
         assert_eq!(ask(), None);
         write(dir.path(), &status(1, 2048));
         assert_eq!(ask().unwrap().memory, 2 << 20);
@@ -124,6 +129,20 @@ mod tests {
         assert_eq!(ask(), None);
         fs::remove_file(dir.path().join("web1.xml")).unwrap();
         assert_eq!(ask(), None);
+    }
+
+    #[test]
+    fn what_came_to_nothing_is_handed_out_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = status(1, 1024);
+        let domain = DomainXml::parse(domain_in(&text).unwrap()).unwrap();
+        let mut live = LiveXml::new(dir.path(), &domain);
+        write(dir.path(), &text);
+        for _ in 0..2 {
+            live.looked = None;
+            assert_eq!(live.changed().as_ref(), Some(&domain));
+            live.again();
+        }
     }
 
     #[test]
