@@ -9,14 +9,19 @@ use crate::kernel::{Kernel, Symbols};
 use crate::libvirt::enrolment::Enrolment;
 use crate::libvirt::run_dir::RunDir;
 use crate::libvirt::xml::DomainXml;
+use crate::ram::{GuestRam, RamError};
 
 use super::attach::Attached;
+use super::link::Link;
 use super::place;
 use super::sources::Sources;
 use super::watch::{Seen, Watch};
 
 /// Between two looks.
 const PAUSE: Duration = Duration::from_millis(20);
+/// How long a kernel that cannot be traced has to show that it lives. The ticks of one
+/// that is idle stand still for a second and more.
+const CLOSER: Duration = Duration::from_secs(3);
 
 /// A kernel in a guest's memory.
 #[derive(Debug)]
@@ -25,6 +30,10 @@ pub struct Living {
     pub kernel: Kernel,
     /// Its symbols.
     pub symbols: Arc<Symbols>,
+    /// What it calls this boot, as sessions note it; none where it cannot be traced.
+    pub boot_id: Option<u64>,
+    /// Whether its heart was seen to beat.
+    pub lives: bool,
 }
 
 /// Where symbols are looked for: where the domain says, or else in the store.
@@ -60,15 +69,35 @@ pub fn find_living(
                 anyhow::bail!("{rivals}");
             }
             return Ok(Living {
+                boot_id: Some(guest.link.boot_id()),
                 kernel: guest.kernel,
                 symbols: guest.symbols,
+                lives: true,
             });
         }
         std::thread::sleep(PAUSE);
     }
     let found = Sources::new(places).fitting(ram)?.find(ram, known)?;
+    let (kernel, symbols) = (found.kernel, found.symbols);
+    let link = Link::attach(ram, &kernel, &symbols).ok();
     Ok(Living {
-        kernel: found.kernel,
-        symbols: found.symbols,
+        lives: moves(ram, &kernel, &symbols)?,
+        boot_id: link.map(|link| link.boot_id()),
+        kernel,
+        symbols,
     })
+}
+
+/// Whether a kernel that nobody met shows a sign of life.
+fn moves(ram: &dyn GuestRam, kernel: &Kernel, symbols: &Symbols) -> Result<bool, RamError> {
+    let beats = || Link::vitals(ram, kernel, symbols);
+    let first = beats()?;
+    let until = Instant::now() + CLOSER;
+    while first.is_some() && Instant::now() < until {
+        std::thread::sleep(PAUSE);
+        if beats()? != first {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }

@@ -11,11 +11,12 @@ use crate::cli::args::CheckArgs;
 use crate::cli::image::Image as Saved;
 use crate::config::Config;
 use crate::detect::Conclusion;
-use crate::helper::{attach, find_living, trusted, Living};
+use crate::helper::{attach, find_living, trusted};
 use crate::integrity::{self, Finding, Report};
 use crate::kernel::{Kernel, Symbols};
 use crate::libvirt::xml::DomainXml;
 use crate::ram::GuestRam;
+use crate::session::QemuProcess;
 
 /// What to say where there is nothing to compare with.
 pub(super) const NO_IMAGE: &str =
@@ -36,17 +37,34 @@ pub(super) struct Memory {
 
 impl Memory {
     fn of(kernel: &Kernel, report: Report) -> Self {
-        let doubtful = report.outcomes.iter().any(|one| one.doubt.is_some());
         Self {
-            conclusion: match (report.findings.is_empty(), doubtful) {
-                (false, _) => Conclusion::Findings,
-                (true, true) => Conclusion::CouldNotTell,
-                (true, false) => Conclusion::Clean,
-            },
+            conclusion: conclude(&report),
             kernel: kernel.banner.clone(),
             report,
         }
     }
+}
+
+fn conclude(report: &Report) -> Conclusion {
+    // What is not listed may have been seen in one of two looks only.
+    let doubtful = report.not_listed > 0 || report.outcomes.iter().any(|one| one.doubt.is_some());
+    match (report.findings.is_empty(), doubtful) {
+        (false, _) => Conclusion::Findings,
+        (true, true) => Conclusion::CouldNotTell,
+        (true, false) => Conclusion::Clean,
+    }
+}
+
+/// What a look at a running domain came to.
+pub(super) struct Looked {
+    /// What runs now.
+    pub(super) qemu: QemuProcess,
+    /// What its kernel calls this boot, as far as that is known.
+    pub(super) boot_id: Option<u64>,
+    /// Whether the kernel that was found was seen to live.
+    pub(super) lives: bool,
+    /// What is in its memory; none where there is nothing to compare it with.
+    pub(super) memory: anyhow::Result<Option<Memory>>,
 }
 
 /// Looks at a running domain.
@@ -54,11 +72,30 @@ pub(super) fn of_domain(
     config: &Config,
     args: &CheckArgs,
     domain: &DomainXml,
-) -> anyhow::Result<Option<Memory>> {
+) -> anyhow::Result<Looked> {
     let attached = attach(domain, config)?;
-    let living = find_living(domain, config, &attached, PATIENCE)?;
-    let Living { kernel, symbols } = living;
-    look(config, args, &*attached.ram, &kernel, &symbols, true)
+    let qemu = attached.qemu;
+    Ok(match find_living(domain, config, &attached, PATIENCE) {
+        Ok(living) => Looked {
+            qemu,
+            boot_id: living.boot_id,
+            lives: living.lives,
+            memory: look(
+                config,
+                args,
+                &*attached.ram,
+                &living.kernel,
+                &living.symbols,
+                true,
+            ),
+        },
+        Err(error) => Looked {
+            qemu,
+            boot_id: None,
+            lives: false,
+            memory: Err(error),
+        },
+    })
 }
 
 /// Looks at a saved image.
@@ -122,7 +159,11 @@ pub(super) fn print(out: &mut impl Write, memory: &Memory) -> std::io::Result<()
         print_finding(out, finding)?;
     }
     if report.not_listed > 0 {
-        writeln!(out, "\nand {} more findings", report.not_listed)?;
+        let left_out = match report.findings.is_empty() {
+            false => "more findings",
+            true => "findings in each of two looks, too many to tell which of them lasted",
+        };
+        writeln!(out, "\nand {} {left_out}", report.not_listed)?;
     }
     for note in report.notes.iter().take(NOTES) {
         writeln!(out, "\nnote: {note}")?;
@@ -172,5 +213,24 @@ pub(super) fn full() -> Memory {
                 doubt: Some("why".to_owned()),
             }],
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_listed_is_clean_only_where_all_was_looked_at_and_all_is_listed() {
+        let mut report = Report::default();
+        assert_eq!(conclude(&report), Conclusion::Clean);
+        report.not_listed = 1;
+        assert_eq!(conclude(&report), Conclusion::CouldNotTell);
+        assert_eq!(conclude(&full().report), Conclusion::Findings);
+        let mut report = full().report;
+        report.findings.clear();
+        assert_eq!(conclude(&report), Conclusion::CouldNotTell);
+        report.outcomes[0].doubt = None;
+        assert_eq!(conclude(&report), Conclusion::Clean);
     }
 }

@@ -3,10 +3,13 @@
 //! * `memory`: the kernel of a running domain, or of a saved image, against how
 //!   it was built
 //! * `flow`: a session, against a baseline
+//! * `domain`: both, of one domain
 //!
 //! Of a domain, both are looked at, as far as there is something to look at; each
-//! part that there is not is said. The conclusion is that of the worse part.
+//! part that there is not is said. The conclusion is that of the worse part. A domain
+//! that runs and could not be looked at is never clean, whatever a session of it says.
 
+mod domain;
 mod flow;
 mod memory;
 
@@ -16,12 +19,10 @@ use anyhow::bail;
 use serde::Serialize;
 
 use super::out::Stdout;
-use super::{target, Context, Exit};
+use super::{Context, Exit};
 use crate::cli::args::CheckArgs;
-use crate::config::Config;
 use crate::detect::{Conclusion, Verdict};
 use crate::libvirt::enrolment::Enrolment;
-use crate::session;
 
 use flow::Name;
 use memory::Memory;
@@ -35,18 +36,22 @@ struct Checked {
     domain: Option<String>,
     memory: Option<Memory>,
     flow: Option<Verdict>,
+    doubts: Vec<String>,
     remarks: Vec<String>,
 }
 
 impl Checked {
-    /// The worse of the two.
+    /// The worse of the two; with a doubt, not clean.
     fn conclude(&mut self) {
         let memory = self.memory.as_ref().map(|memory| memory.conclusion);
         let flow = self.flow.as_ref().map(|flow| flow.conclusion);
         let all = [memory, flow];
         self.conclusion = if all.contains(&Some(Conclusion::Findings)) {
             Conclusion::Findings
-        } else if all.contains(&Some(Conclusion::CouldNotTell)) || all == [None, None] {
+        } else if all.contains(&Some(Conclusion::CouldNotTell))
+            || all == [None, None]
+            || !self.doubts.is_empty()
+        {
             Conclusion::CouldNotTell
         } else {
             Conclusion::Clean
@@ -64,6 +69,7 @@ pub(super) fn run(context: &Context, args: &CheckArgs) -> anyhow::Result<Exit> {
         domain: None,
         memory: None,
         flow: None,
+        doubts: Vec::new(),
         remarks: Vec::new(),
     };
     if let Some(image) = &args.image.memory {
@@ -76,7 +82,7 @@ pub(super) fn run(context: &Context, args: &CheckArgs) -> anyhow::Result<Exit> {
         let own = Enrolment::baseline_of(None, &config);
         checked.flow = Some(flow::judge(&config, dir, baseline(args, own.as_deref()))?);
     } else {
-        domain(context, &config, args, &mut checked)?;
+        domain::check(context, &config, args, &mut checked)?;
     }
     checked.conclude();
     let mut out = Stdout::new();
@@ -99,58 +105,6 @@ fn baseline<'a>(args: &'a CheckArgs, own: Option<&'a str>) -> Option<Name<'a>> {
     asked.or(own.map(Name::Own))
 }
 
-/// A domain's memory, if it runs, and its newest session, if it has one. One that
-/// libvirt does not know any more may still have left sessions.
-fn domain(
-    context: &Context,
-    config: &Config,
-    args: &CheckArgs,
-    checked: &mut Checked,
-) -> anyhow::Result<()> {
-    let known = match &args.domain {
-        Some(typed) => target::known(context, typed),
-        None => Some(target::running(context, config, None)?),
-    };
-    let typed = args.domain.as_deref().unwrap_or_default();
-    let name = known.as_ref().map_or(typed, |domain| &domain.name);
-    checked.domain = Some(name.escape_debug().to_string());
-    // A domain has an id while it runs.
-    match known.as_ref().filter(|domain| domain.id.is_some()) {
-        Some(domain) => {
-            match memory::of_domain(config, args, domain) {
-                Ok(Some(found)) => checked.memory = Some(found),
-                Ok(None) => checked.remarks.push(memory::NO_IMAGE.to_owned()),
-                // Who names the kernel wants the memory looked at.
-                Err(error) if args.kernel.is_some() => return Err(error),
-                Err(error) => checked
-                    .remarks
-                    .push(format!("the guest's memory was not looked at: {error:#}")),
-            }
-        }
-        None if known.is_some() => checked
-            .remarks
-            .push("the domain does not run: its memory was not looked at".to_owned()),
-        None => checked.remarks.push(
-            "libvirt knows no such domain, or does not answer: no memory was looked at".to_owned(),
-        ),
-    }
-    let sessions = session::list(&session::domain_dir(&config.paths.sessions, name));
-    match sessions.first() {
-        Some(dir) => {
-            let own = Enrolment::baseline_of(known.as_ref(), config);
-            checked.flow = Some(flow::judge(config, dir, baseline(args, own.as_deref()))?);
-        }
-        None => checked.remarks.push(
-            "the domain has no session: its call flow was not looked at ('xftrace on' begins one)"
-                .to_owned(),
-        ),
-    }
-    if checked.memory.is_none() && checked.flow.is_none() {
-        bail!("there is nothing to check: {}", checked.remarks.join("; "));
-    }
-    Ok(())
-}
-
 /// Writes all of it for people.
 fn print(out: &mut impl Write, checked: &Checked) -> std::io::Result<()> {
     if let Some(memory) = &checked.memory {
@@ -165,8 +119,14 @@ fn print(out: &mut impl Write, checked: &Checked) -> std::io::Result<()> {
     for remark in &checked.remarks {
         writeln!(out, "\nnote: {remark}")?;
     }
+    for doubt in &checked.doubts {
+        writeln!(out, "\ndoubt: {doubt}")?;
+    }
+    let conclusion = flow::conclusion(checked.conclusion);
     if checked.memory.is_some() && checked.flow.is_some() {
-        writeln!(out, "\nboth: {}", flow::conclusion(checked.conclusion))?;
+        writeln!(out, "\nboth: {conclusion}")?;
+    } else if !checked.doubts.is_empty() {
+        writeln!(out, "\nin all: {conclusion}")?;
     }
     Ok(())
 }
@@ -189,6 +149,7 @@ mod tests {
             domain: None,
             memory: Some(memory::full()),
             flow: None,
+            doubts: Vec::new(),
             remarks: Vec::new(),
         };
         checked.conclude();
@@ -223,6 +184,7 @@ mod tests {
             domain: None,
             memory: None,
             flow: None,
+            doubts: Vec::new(),
             remarks: Vec::new(),
         };
         checked.conclude();
@@ -239,8 +201,16 @@ mod tests {
             let mut memory = memory::full();
             memory.conclusion = conclusion;
             checked.memory = Some(memory);
+            checked.doubts.clear();
             checked.conclude();
             assert_eq!(checked.conclusion, conclusion);
+            checked.doubts.push("not all was looked at".to_owned());
+            checked.conclude();
+            let doubtful = match conclusion {
+                Conclusion::Clean => Conclusion::CouldNotTell,
+                other => other,
+            };
+            assert_eq!(checked.conclusion, doubtful);
         }
     }
 }
