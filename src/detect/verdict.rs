@@ -333,7 +333,11 @@ fn caught(session: &Session, tally: &Tally) -> Result<Vec<Finding>, SessionError
             // Judged above, with all that the session holds.
             FindingKind::ControlFlow(_) => continue,
             // Of the domain, and no matter of its call flow.
-            FindingKind::Integrity(_) | FindingKind::IntegrityGone(_) => continue,
+            FindingKind::Integrity(_)
+            | FindingKind::IntegrityGone(_)
+            | FindingKind::IntegrityDoubt(_)
+            | FindingKind::NotLookedAt { .. }
+            | FindingKind::BootWithoutReset { .. } => continue,
             FindingKind::TracerOff => (
                 Rule::TracerOff,
                 "tracer",

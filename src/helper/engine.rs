@@ -257,7 +257,7 @@ impl Engine {
         self.look()?;
         self.attend_boot()?;
         if let Some(patrol) = &mut self.patrol {
-            patrol.follow(&self.watch, &self.attached.ram);
+            patrol.follow(&self.watch, &self.attached.ram, &self.live);
         }
         if let Some(trace) = &mut self.trace {
             trace.drain(&self.watch)?;

@@ -21,7 +21,7 @@ use uuid::Uuid;
 
 use crate::session::{ControlFlow, Finding, FindingKind, FINDINGS_FILE};
 
-use super::ratelimit::{RateLimit, Verdict};
+use super::ratelimit::{Budget, Verdict};
 
 /// How long the command may take.
 const TIME: Duration = Duration::from_secs(10);
@@ -36,8 +36,8 @@ const A_MINUTE: u32 = 10;
 const LOGGED: u32 = 10;
 
 /// How often the log is told of findings.
-pub(super) fn log_limit() -> RateLimit {
-    RateLimit::new(LOGGED, Duration::from_secs(60))
+pub(super) fn log_limit() -> Budget {
+    Budget::new(LOGGED, Duration::from_secs(60))
 }
 
 /// A finding, and of whom: what the command gets.
@@ -49,6 +49,9 @@ pub(super) struct Told<'a> {
     pub(super) session: Option<&'a Path>,
     #[serde(flatten)]
     pub(super) finding: &'a Finding,
+    /// Whether it was told of before: what is new goes before it.
+    #[serde(skip)]
+    pub(super) again: bool,
 }
 
 impl Told<'_> {
@@ -58,8 +61,8 @@ impl Told<'_> {
     }
 
     /// Tells the log, as often as `said` allows, and the command. Never waits.
-    pub(super) fn tell(&self, said: &mut RateLimit, notifier: Option<&Notifier>) {
-        if let Verdict::Say { dropped } = said.ask() {
+    pub(super) fn tell(&self, said: &mut Budget, notifier: Option<&Notifier>) {
+        if let Verdict::Say { dropped } = said.ask(self.again) {
             log::warn!(
                 "domain {}: {}{}",
                 self.domain.escape_debug(),
@@ -72,7 +75,7 @@ impl Told<'_> {
             );
         }
         if let Some(notifier) = notifier {
-            notifier.tell(self.json());
+            notifier.tell(self.json(), self.again);
         }
     }
 }
@@ -92,7 +95,7 @@ fn brief(kind: &FindingKind) -> FindingKind {
 pub(super) struct Notifier {
     to: Option<SyncSender<Vec<u8>>>,
     thread: Option<JoinHandle<()>>,
-    rate: Mutex<RateLimit>,
+    rate: Mutex<Budget>,
     /// The helper is about to end.
     hurry: Arc<AtomicBool>,
 }
@@ -113,15 +116,15 @@ impl Notifier {
         Ok(Self {
             to: Some(to),
             thread: Some(thread),
-            rate: Mutex::new(RateLimit::new(A_MINUTE, Duration::from_secs(60))),
+            rate: Mutex::new(Budget::new(A_MINUTE, Duration::from_secs(60))),
             hurry,
         })
     }
 
     /// Has the command run with this finding. Never waits.
-    pub(super) fn tell(&self, json: Vec<u8>) {
+    pub(super) fn tell(&self, json: Vec<u8>, again: bool) {
         let mut rate = self.rate.lock().unwrap_or_else(PoisonError::into_inner);
-        if rate.ask() == Verdict::Drop {
+        if rate.ask(again) == Verdict::Drop {
             return;
         }
         if let Some(to) = &self.to {
@@ -223,8 +226,8 @@ mod tests {
         let file = dir.path().join("got");
         let command = shell(&format!("cat >> {}", file.display()));
         let notifier = Notifier::start(&command).expect("a thread");
-        notifier.tell(b"{\"what\":\"$(reboot)\"}\n".to_vec());
-        notifier.tell(b"{}\n".to_vec());
+        notifier.tell(b"{\"what\":\"$(reboot)\"}\n".to_vec(), false);
+        notifier.tell(b"{}\n".to_vec(), true);
         drop(notifier);
         let got = std::fs::read_to_string(file).expect("what it got");
         assert_eq!(got, "{\"what\":\"$(reboot)\"}\n{}\n");
@@ -262,7 +265,7 @@ mod tests {
         let notifier =
             Notifier::start(&shell(&format!("echo >> {}", file.display()))).expect("a thread");
         for _ in 0..100 {
-            notifier.tell(Vec::new());
+            notifier.tell(Vec::new(), false);
         }
         drop(notifier);
         let runs = std::fs::read_to_string(file).expect("runs").len();

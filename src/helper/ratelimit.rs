@@ -69,9 +69,55 @@ impl RateLimit {
     }
 }
 
+/// The same for what may be told of again and again: what was told of before gets half
+/// of it at the most, so that it does not take the turn of what is new.
+#[derive(Debug)]
+pub(super) struct Budget {
+    all: RateLimit,
+    again: RateLimit,
+    held: u64,
+}
+
+impl Budget {
+    /// `burst` messages each `per`.
+    pub(super) fn new(burst: u32, per: Duration) -> Self {
+        Self {
+            all: RateLimit::new(burst, per),
+            again: RateLimit::new(burst / 2, per),
+            held: 0,
+        }
+    }
+
+    /// Asks for one message.
+    pub(super) fn ask(&mut self, again: bool) -> Verdict {
+        if again && self.again.ask() == Verdict::Drop {
+            self.held += 1;
+            return Verdict::Drop;
+        }
+        match self.all.ask() {
+            Verdict::Drop => Verdict::Drop,
+            Verdict::Say { dropped } => Verdict::Say {
+                dropped: dropped + std::mem::take(&mut self.held),
+            },
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_told_again_leaves_room_for_what_is_new() {
+        let mut budget = Budget::new(10, Duration::from_secs(3600));
+        let said = |budget: &mut Budget, again| {
+            let all = (0..100).map(|_| budget.ask(again));
+            all.filter(|verdict| *verdict != Verdict::Drop).count()
+        };
+        assert_eq!(said(&mut budget, true), 5);
+        assert_eq!(budget.ask(false), Verdict::Say { dropped: 95 });
+        assert_eq!(said(&mut budget, false), 4);
+    }
 
     #[test]
     fn a_burst_passes_and_the_rest_is_counted() {

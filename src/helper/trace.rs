@@ -20,7 +20,7 @@ use super::clocks::Clocks;
 use super::keyring::{KeyThread, Keys};
 use super::link::{Link, LinkError};
 use super::notify::log_limit;
-use super::ratelimit::{RateLimit, Verdict};
+use super::ratelimit::{Budget, RateLimit, Verdict};
 use super::sentry::Sentry;
 use super::watch::{wall_ns, Guest, Watch};
 
@@ -75,7 +75,7 @@ pub(super) struct Trace {
     refused_bytes: u64,
     /// CPUs whose last chunk could not be stored.
     holes: HashSet<u16>,
-    said: RateLimit,
+    said: Budget,
     disk_said: RateLimit,
     judging: Judging,
 }

@@ -101,6 +101,7 @@ impl LiveXml {
         } else if !std::mem::take(&mut self.again) {
             return None;
         }
+        self.doing = None;
         let status = fs::read_to_string(&self.path).ok()?;
         let domain = DomainXml::parse(domain_in(&status)?).ok()?;
         let is_it = domain.uuid == self.uuid && domain.id == self.id;

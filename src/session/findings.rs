@@ -57,6 +57,36 @@ pub enum FindingKind {
     Integrity(Box<Integrity>),
     /// What was found in the guest's memory is there no more.
     IntegrityGone(Box<Integrity>),
+    /// The kernel in the guest's memory could not be checked, or not wholly: that
+    /// nothing is found means nothing.
+    IntegrityDoubt(Doubt),
+    /// The guest's memory could not be looked at for a while, though the domain runs.
+    NotLookedAt {
+        /// Why.
+        why: String,
+        /// For how long, seconds.
+        seconds: u64,
+        /// How often, since it was told last.
+        count: u64,
+    },
+    /// The guest's kernel says that it has booted, and libvirt noted no reset of the
+    /// domain: the guest started another kernel by itself (kexec), or only says so.
+    BootWithoutReset {
+        /// How often, since it was told last.
+        count: u64,
+    },
+}
+
+/// Why a look at the guest's memory says less than it should.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Doubt {
+    /// What could not be checked; none where it is about all that was found.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub check: Option<integrity::Check>,
+    /// Why.
+    pub doubt: String,
+    /// In how many looks, since it was told last.
+    pub count: u64,
 }
 
 /// What [`detect`](crate::detect) found while the guest was traced.
@@ -86,6 +116,18 @@ pub struct Integrity {
     /// In how many looks it was seen, since it was told of last; of what is gone, in
     /// how many in all.
     pub count: u64,
+    /// How often it was another thing that was found there than in the look before, or
+    /// had come back, since it was told of last.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub changes: u64,
+}
+
+#[allow(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde hands over a reference"
+)]
+fn is_zero(count: &u64) -> bool {
+    *count == 0
 }
 
 /// What was found in the memory of a domain's guest: `findings.jsonl` beside its
@@ -148,7 +190,11 @@ mod tests {
         };
         Finding {
             wall_ns: 7,
-            kind: FindingKind::Integrity(Box::new(Integrity { change, count: 2 })),
+            kind: FindingKind::Integrity(Box::new(Integrity {
+                change,
+                count: 2,
+                changes: 0,
+            })),
         }
     }
 

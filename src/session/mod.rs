@@ -34,7 +34,7 @@ mod settle;
 mod store;
 mod write;
 
-pub use findings::{ControlFlow, DomainFindings, Finding, FindingKind, Integrity};
+pub use findings::{ControlFlow, DomainFindings, Doubt, Finding, FindingKind, Integrity};
 pub use follow::{Follow, Look, HELD};
 pub use maps::MapId;
 pub use meta::{

@@ -59,6 +59,10 @@ impl Watched {
         self.stored = Some(self.traced.store_kernel());
     }
 
+    fn remove_kernel(&mut self) {
+        self.stored = None;
+    }
+
     /// `xftrace status`, as text and as JSON.
     fn status(&self) -> (String, Value) {
         let shown = |args: &[&str]| {
@@ -245,7 +249,7 @@ fn the_helper_finds_a_hook_by_itself_and_says_when_it_has_gone() {
 
     // A guest that stands still is not looked at, and nothing is lost of what is known.
     watched.traced.lab().virsh(&["suspend", &name]).unwrap();
-    watched.until("silence", |status| why(status).contains("no sign of life"));
+    watched.until("a pause", |status| why(status).contains("stands still"));
     watched.traced.lab().virsh(&["resume", &name]).unwrap();
     watched.looks(1);
     assert_eq!(brief(&watched.findings()), [HOOK]);
@@ -270,6 +274,26 @@ fn the_helper_finds_a_hook_by_itself_and_says_when_it_has_gone() {
     watched.until("a look", |status| status["last"] != Value::Null);
     is_clean(&watched.looks(3));
     assert_eq!(brief(&watched.findings()), [HOOK, GONE, HOOK, GONE]);
+
+    // The session is of the boot before, and says nothing of this one.
+    let check = |watched: &Watched| {
+        let output = watched.traced.command(&["check", "--json"]).output();
+        let output = output.expect("xftrace ran");
+        let said: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        assert_eq!(output.status.code(), Some(2), "{said:#}");
+        assert_eq!(said["conclusion"], "could-not-tell", "{said:#}");
+        said
+    };
+    let stale = check(&watched);
+    assert_eq!(stale["memory"]["conclusion"], "clean", "{stale:#}");
+    let doubts = stale["flow"]["doubts"].to_string();
+    assert!(doubts.contains("an earlier boot of the guest"), "{stale:#}");
+    // Nor does it, where memory cannot be looked at.
+    watched.remove_kernel();
+    let unseen = check(&watched);
+    assert_eq!(unseen["memory"], Value::Null);
+    let doubts = unseen["doubts"].to_string();
+    assert!(doubts.contains("xftrace symbols add"), "{unseen:#}");
 
     // The looks do not keep the helper from ending.
     let helper = watched.helper();

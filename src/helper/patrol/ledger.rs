@@ -1,102 +1,178 @@
 //! What was found in the guest's memory so far, and what of it has been told.
 //!
 //! A hook stays where it is, and is found again in each look: it is told of once,
-//! then every few minutes with a count, and once more when it has gone. A look in
-//! which a check could not be made says nothing about what that check found before.
+//! then every few minutes with a count, and once more when it has gone. What makes it
+//! the same is check, place and address. What is found there may be another thing each
+//! time, and it may come and go: that is news, of which there is so much for each place
+//! in a while, and then one line with the count. So one place that changes at each look
+//! takes neither the room in the files nor the turn of another.
+//!
+//! A look in which a check could not be made says nothing about what that check found
+//! before. Nor does a boot: that there was one is the guest's word, and the first look
+//! behind it says what is there.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use crate::integrity::{Finding, Report};
+use crate::integrity::{Check, Finding, Report};
 use crate::session::{FindingKind, Integrity};
 
 /// How long until a finding is told of again.
 const AGAIN: Duration = Duration::from_secs(300);
+/// How often one place is told of in that time.
+const LINES: u32 = 4;
 /// Different findings that are told apart.
 const FINDINGS: usize = 1024;
 
-/// What is known of the memory of one boot.
+/// What is known of a guest's memory.
 #[derive(Default)]
-pub(super) struct Ledger(BTreeMap<Finding, Known>);
+pub(super) struct Ledger(BTreeMap<Key, Known>);
+
+type Key = (Check, String, u64);
+
+/// Something to tell.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct News {
+    pub(super) kind: FindingKind,
+    /// Whether it was told of before.
+    pub(super) again: bool,
+}
 
 struct Known {
+    /// What was found there last.
+    finding: Finding,
+    /// Whether it is there, and whether that was told.
+    there: bool,
+    told_there: bool,
     /// When it was last told of.
     at: Instant,
-    /// In how many looks it was seen since, and in how many in all.
+    /// Since when lines are counted, and how many there were.
+    window: Instant,
+    lines: u32,
+    /// In how many looks it was seen since it was told of, in how many since it was
+    /// told to be there, and how often it had changed or come back since.
     since: u64,
     looks: u64,
+    changes: u64,
+}
+
+impl Known {
+    fn new(finding: &Finding, now: Instant) -> Self {
+        Self {
+            finding: finding.clone(),
+            there: true,
+            told_there: false,
+            at: now,
+            window: now,
+            lines: 0,
+            since: 1,
+            looks: 1,
+            changes: 0,
+        }
+    }
+
+    /// It was found in this look too.
+    fn seen(&mut self, finding: &Finding) {
+        if !self.there || self.finding != *finding {
+            self.changes += 1;
+            self.finding.clone_from(finding);
+        }
+        self.there = true;
+        self.looks += 1;
+        self.since += 1;
+    }
+
+    /// What is to be told of it now.
+    fn news(&mut self, now: Instant) -> Option<FindingKind> {
+        if now.saturating_duration_since(self.window) >= AGAIN {
+            self.window = now;
+            self.lines = 0;
+        }
+        let due = now.saturating_duration_since(self.at) >= AGAIN;
+        let news = self.there != self.told_there || self.changes > 0;
+        if !(news || (self.there && due)) || self.lines >= LINES {
+            return None;
+        }
+        self.lines += 1;
+        self.at = now;
+        self.told_there = self.there;
+        let since = std::mem::take(&mut self.since);
+        let mut told = Box::new(Integrity {
+            change: self.finding.clone(),
+            count: since,
+            changes: std::mem::take(&mut self.changes),
+        });
+        if self.there {
+            return Some(FindingKind::Integrity(told));
+        }
+        told.count = std::mem::take(&mut self.looks);
+        Some(FindingKind::IntegrityGone(told))
+    }
+
+    /// Whether all has been told of what is gone for long enough.
+    fn is_over(&self, now: Instant) -> bool {
+        let told = !self.told_there && self.changes == 0;
+        !self.there && told && now.saturating_duration_since(self.at) >= AGAIN
+    }
 }
 
 impl Ledger {
-    /// Takes a look at the guest; what of it is to be told now.
-    pub(super) fn take(&mut self, report: &Report, now: Instant) -> Vec<FindingKind> {
-        let mut news = Vec::new();
+    /// Takes a look at the guest; what of it is to be told now, the newest first.
+    pub(super) fn take(&mut self, report: &Report, now: Instant) -> Vec<News> {
+        self.0.retain(|_, known| !known.is_over(now));
+        let mut new = Vec::new();
+        let mut listed = BTreeSet::new();
         for finding in &report.findings {
-            let room = self.0.len() < FINDINGS;
-            match self.0.get_mut(finding) {
-                Some(known) => {
-                    known.looks += 1;
-                    known.since += 1;
-                    if now.saturating_duration_since(known.at) >= AGAIN {
-                        known.at = now;
-                        news.push(found(finding, std::mem::take(&mut known.since)));
-                    }
-                }
-                None if room => {
-                    let known = Known {
-                        at: now,
-                        since: 0,
-                        looks: 1,
-                    };
-                    self.0.insert(finding.clone(), known);
-                    news.push(found(finding, 1));
-                }
-                None => {}
+            let (check, place, address) = finding.key();
+            let key = (check, place.to_owned(), address);
+            if listed.contains(&key) {
+                continue;
             }
+            if let Some(known) = self.0.get_mut(&key) {
+                known.seen(finding);
+            } else if self.has_room() {
+                let mut known = Known::new(finding, now);
+                let told = known.news(now);
+                new.extend(told.map(|kind| News { kind, again: false }));
+                self.0.insert(key.clone(), known);
+            } else {
+                continue;
+            }
+            listed.insert(key);
         }
-        self.0.retain(|finding, known| {
-            let there = report.findings.contains(finding) || !is_clear(report, finding);
-            if !there {
-                news.push(gone(finding, known));
+        for (key, known) in &mut self.0 {
+            if !listed.contains(key) && is_clear(report, key.0) {
+                known.there = false;
             }
-            there
-        });
-        news
+            let told = known.news(now);
+            new.extend(told.map(|kind| News { kind, again: true }));
+        }
+        new
     }
 
-    /// The boot is over, and all that was in its memory with it.
-    pub(super) fn void(&mut self) -> Vec<FindingKind> {
-        let all = std::mem::take(&mut self.0);
-        let gone = all.iter().map(|(finding, known)| gone(finding, known));
-        gone.collect()
+    /// Whether another place can be told apart from those that are known, of which one
+    /// that has gone is forgotten for it.
+    fn has_room(&mut self) -> bool {
+        if self.0.len() < FINDINGS {
+            return true;
+        }
+        let gone = self.0.iter().find(|(_, known)| !known.there);
+        let gone = gone.map(|(key, _)| key.clone());
+        gone.and_then(|key| self.0.remove(&key)).is_some()
     }
 }
 
-/// Whether a look that does not list this finding says that it is not there.
-fn is_clear(report: &Report, finding: &Finding) -> bool {
+/// Whether what a look does not list of this check is not there.
+fn is_clear(report: &Report, check: Check) -> bool {
     let mut outcomes = report.outcomes.iter();
-    let made = outcomes.any(|one| one.check == finding.check && one.doubt.is_none());
+    let made = outcomes.any(|one| one.check == check && one.doubt.is_none());
     report.not_listed == 0 && made
-}
-
-fn found(finding: &Finding, count: u64) -> FindingKind {
-    FindingKind::Integrity(Box::new(Integrity {
-        change: finding.clone(),
-        count,
-    }))
-}
-
-fn gone(finding: &Finding, known: &Known) -> FindingKind {
-    FindingKind::IntegrityGone(Box::new(Integrity {
-        change: finding.clone(),
-        count: known.looks,
-    }))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::integrity::{Check, Outcome};
+    use crate::integrity::Outcome;
 
     fn finding(check: Check, place: &str) -> Finding {
         Finding {
@@ -124,13 +200,13 @@ mod tests {
     }
 
     /// Whether it is gone, where, and how often it was seen.
-    fn news(kinds: Vec<FindingKind>) -> Vec<(bool, String, u64)> {
-        let one = |kind| match kind {
+    fn news(news: Vec<News>) -> Vec<(bool, String, u64)> {
+        let one = |news: News| match news.kind {
             FindingKind::Integrity(one) => (false, one.change.place, one.count),
             FindingKind::IntegrityGone(one) => (true, one.change.place, one.count),
             other => panic!("{other:?}"),
         };
-        kinds.into_iter().map(one).collect()
+        news.into_iter().map(one).collect()
     }
 
     fn told(gone: bool, place: &str, count: u64) -> (bool, String, u64) {
@@ -157,19 +233,53 @@ mod tests {
     }
 
     #[test]
-    fn another_content_of_the_same_place_is_another_finding() {
-        let mut ledger = Ledger::default();
-        let now = Instant::now();
-        let one = finding(Check::KernelText, "vfs_read");
-        let other = Finding {
-            found: "c".to_owned(),
-            ..one.clone()
+    fn a_place_that_changes_at_each_look_is_told_of_so_often_and_with_its_count() {
+        let start = Instant::now();
+        let leads_to = |number: u64| Finding {
+            found: format!("f{number}"),
+            ..finding(Check::KernelText, "vfs_read")
         };
-        ledger.take(&report(vec![one]), now);
-        assert_eq!(
-            news(ledger.take(&report(vec![other]), now)),
-            [told(false, "vfs_read", 1), told(true, "vfs_read", 1)]
-        );
+        // It changes, and it comes and goes.
+        for coming in [false, true] {
+            let mut ledger = Ledger::default();
+            let mut lines = Vec::new();
+            for second in 0..=700 {
+                let gone = coming && second % 2 == 1;
+                let hooks = if gone { vec![] } else { vec![leads_to(second)] };
+                let now = start + Duration::from_secs(second);
+                lines.extend(ledger.take(&report(hooks), now));
+            }
+            assert!(lines.len() <= 3 * LINES as usize, "{lines:#?}");
+            let counted = lines.iter().map(|news| match &news.kind {
+                FindingKind::Integrity(one) => one.changes,
+                _ => 0,
+            });
+            let most = counted.max().expect("lines");
+            assert!(most > 100, "{most}");
+            assert!(lines[1..].iter().all(|news| news.again));
+            // Another place is told of at once, and first.
+            let both = report(vec![leads_to(0), finding(Check::Files, "/proc")]);
+            let now = start + Duration::from_secs(701);
+            let first = ledger.take(&both, now).remove(0);
+            assert!(!first.again, "{first:?}");
+            assert_eq!(news(vec![first]), [told(false, "/proc", 1)]);
+        }
+    }
+
+    #[test]
+    fn what_was_told_last_is_how_it_ended() {
+        let mut ledger = Ledger::default();
+        let start = Instant::now();
+        let mut last = Vec::new();
+        for second in 0..=600 {
+            let hook = finding(Check::KernelText, "vfs_read");
+            let there = second < 100 && second % 2 == 0;
+            let hooks = if there { vec![hook] } else { vec![] };
+            let now = start + Duration::from_secs(second);
+            last.extend(news(ledger.take(&report(hooks), now)));
+        }
+        assert!(last.last().expect("told").0, "{last:?}");
+        assert!(ledger.0.is_empty());
     }
 
     #[test]
@@ -211,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn with_the_boot_all_of_it_has_gone_and_there_is_room_for_so_many() {
+    fn there_is_room_for_so_many_and_what_has_gone_makes_room() {
         let mut ledger = Ledger::default();
         let now = Instant::now();
         let many = |from: usize| {
@@ -224,7 +334,7 @@ mod tests {
         };
         assert_eq!(ledger.take(&many(0), now).len(), FINDINGS);
         assert_eq!(ledger.take(&many(FINDINGS), now), []);
-        assert_eq!(ledger.void().len(), FINDINGS);
-        assert_eq!(ledger.void(), []);
+        assert_eq!(ledger.take(&report(Vec::new()), now).len(), FINDINGS);
+        assert_eq!(ledger.take(&many(FINDINGS), now).len(), FINDINGS);
     }
 }

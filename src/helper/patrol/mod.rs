@@ -12,58 +12,54 @@
 //! before a look, and once more behind it, in the same boot; and a kernel that is still
 //! starting is given time. A paused guest costs nothing, and changes nothing.
 //!
+//! **All of that is the guest's word**, and who controls its kernel would say it to be
+//! left alone. So it has a bound ([`patience`]): where there was no look for too long and
+//! libvirt does not say that the domain stands still, that is told, and the kernel is
+//! looked at where it was last, if its heart beats there or it has its own boot id there
+//! still. Nothing is forgotten at a boot, and one without a reset that libvirt noted is
+//! told of.
+//!
 //! **What it is compared with is as large as the kernel**, unpacked. So it is not kept
 //! from one look to the next, unless they are close together.
 //!
 //! The thread ends by itself once the engine has gone; nobody waits for that either.
 
 mod ledger;
+mod notices;
+mod patience;
+mod round;
 
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::path::PathBuf;
-use std::sync::mpsc::{channel, Receiver, RecvTimeoutError, Sender};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{channel, Sender};
 use std::sync::{Arc, Mutex, Weak};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use nix::time::{clock_gettime, ClockId};
 use rustix::process::setpriority_process;
 use uuid::Uuid;
 
-use crate::integrity::{check_running, has_started, Report, Trusted};
-use crate::ram::{Gpa, GuestRam, RamError};
-use crate::session::{DomainFindings, Finding, FindingKind};
+use crate::libvirt::live::{Doing, LiveXml};
+use crate::ram::{Gpa, GuestRam};
+use crate::session::DomainFindings;
 
-use super::engine::lock;
-use super::notify::{log_limit, Notifier, Told};
-use super::protocol::{IntegrityStatus, LookStatus};
-use super::ratelimit::RateLimit;
-use super::trusted::trusted;
-use super::watch::{wall_ns, Guest, Watch};
+use super::notify::Notifier;
+use super::protocol::IntegrityStatus;
+use super::watch::{Guest, Watch};
 
-use ledger::Ledger;
+use round::{of_store, Inbox, Open, Round, RETRY};
 
 /// The nice value of the thread: the last that gets a processor.
 const NICE: i32 = 19;
-/// What cannot be done is tried again after this time, or the interval if that is less.
-const RETRY: Duration = Duration::from_secs(10);
-/// Between two questions whether the kernel has started, and how long it is given. That
-/// it starts is the guest's word.
-const STARTING: Duration = Duration::from_secs(1);
-const START_LIMIT: Duration = Duration::from_secs(120);
-/// Between two looks at the heart, and how long it is waited for: a kernel that works on
-/// a command does not beat.
-const PULSE: Duration = Duration::from_millis(20);
-const PATIENCE: Duration = Duration::from_secs(10);
-/// Where looks come as often as this, what they compare with is kept.
-const KEEP: Duration = Duration::from_secs(10);
-/// While there is nothing to look at.
-const IDLE: Duration = Duration::from_secs(3600);
+/// A heart that beat within this time beats.
+const BEATING: Duration = Duration::from_secs(1);
+/// So long before the last beat that was seen libvirt may have noted the reset.
+const SLACK: Duration = Duration::from_secs(5);
 
-const NO_IMAGE: &str =
-    "the kernel that the guest boots is not in the store; add it with 'xftrace symbols add FILE' \
-     (its vmlinuz or linux-image package)";
 const NO_KERNEL: &str = "it is not known which kernel the guest runs";
-const STILL_STARTING: &str = "the guest's kernel is still starting";
-const SILENT: &str = "the guest's kernel shows no sign of life; is the domain paused?";
+const ENDED: &str = "the thread that looks has ended for a fault of xftrace's own; restart the \
+                     helper, and see the log";
 
 /// What the patrol is to do, and for whom.
 pub(super) struct Orders {
@@ -81,6 +77,15 @@ pub(super) struct Orders {
 struct Subject {
     guest: Guest,
     ram: Arc<dyn GuestRam>,
+    /// Whether libvirt noted something that can have been a reset, where it is another
+    /// boot than the one before.
+    noted: bool,
+}
+
+/// What the host knows of the domain by itself.
+#[derive(Default)]
+struct Host {
+    stands_still: AtomicBool,
 }
 
 /// What is another at each boot.
@@ -95,9 +100,13 @@ pub(super) struct Patrol {
     to: Sender<Option<Arc<Subject>>>,
     /// What the thread was told last: the boot, and its memory.
     told: Option<(Boot, Arc<dyn GuestRam>)>,
+    /// The boot that was known last, and when its heart was last seen to beat.
+    last: Option<(Boot, Instant)>,
+    host: Arc<Host>,
     status: Arc<Mutex<IntegrityStatus>>,
     /// What it was when it could be had last.
     known: IntegrityStatus,
+    thread: JoinHandle<()>,
 }
 
 impl Patrol {
@@ -106,6 +115,10 @@ impl Patrol {
     /// # Errors
     /// If there can be none.
     pub(super) fn start(orders: Orders) -> std::io::Result<Self> {
+        Self::start_with(orders, Box::new(of_store))
+    }
+
+    fn start_with(orders: Orders, open: Open) -> std::io::Result<Self> {
         let (to, from) = channel();
         let known = IntegrityStatus {
             interval_ns: orders.interval.as_nanos() as u64,
@@ -114,45 +127,50 @@ impl Patrol {
             last: None,
         };
         let status = Arc::new(Mutex::new(known.clone()));
-        let mut round = Round {
-            orders,
-            status: Arc::clone(&status),
-            ledger: Ledger::default(),
-            subject: None,
-            boot: None,
-            since: Instant::now(),
-            trusted: None,
-            said: log_limit(),
-            why_said: RateLimit::new(3, Duration::from_secs(60)),
-            disk_said: RateLimit::new(1, Duration::from_secs(60)),
-        };
-        let inbox = Inbox { from, next: None };
-        std::thread::Builder::new()
+        let host = Arc::new(Host::default());
+        let mut round = Round::new(orders, open, Arc::clone(&host), Arc::clone(&status));
+        let mut inbox = Inbox { from, next: None };
+        let thread = std::thread::Builder::new()
             .name("patrol".to_owned())
-            .spawn(move || round.run(inbox))?;
+            .spawn(move || run(&mut round, &mut inbox))?;
         Ok(Self {
             to,
             told: None,
+            last: None,
+            host,
             status,
             known,
+            thread,
         })
     }
 
     /// Tells the thread where the guest's kernel is now, if that has changed. Never
     /// waits.
-    pub(super) fn follow(&mut self, watch: &Watch, ram: &Arc<dyn GuestRam>) {
+    pub(super) fn follow(&mut self, watch: &Watch, ram: &Arc<dyn GuestRam>, live: &LiveXml) {
+        let stands_still = live.doing() == Some(Doing::StandsStill);
+        self.host
+            .stands_still
+            .store(stands_still, Ordering::Relaxed);
         let same = match (&self.told, &watch.guest) {
             (Some((told, at)), Some(guest)) => *told == boot(guest) && Arc::ptr_eq(at, ram),
             (None, None) => true,
             _ => false,
         };
+        if let (true, Some((_, beat))) = (same && self.told.is_some(), &mut self.last) {
+            if watch.silent() < BEATING {
+                *beat = Instant::now();
+            }
+        }
         if same {
             return;
         }
         let subject = watch.guest.as_ref().map(|guest| {
+            let noted = self.noted(boot(guest), live);
+            self.last = Some((boot(guest), Instant::now()));
             Arc::new(Subject {
                 guest: guest.clone(),
                 ram: Arc::clone(ram),
+                noted,
             })
         });
         self.told = watch
@@ -162,258 +180,41 @@ impl Patrol {
         let _ = self.to.send(subject);
     }
 
+    /// Whether libvirt noted what can have been the reset before this boot. It writes
+    /// its file for other reasons too. Where it has none, that cannot be told.
+    fn noted(&self, now: Boot, live: &LiveXml) -> bool {
+        match self.last {
+            Some((last, beat)) if last != now && live.doing().is_some() => {
+                live.written().is_some_and(|at| at + SLACK > beat)
+            }
+            _ => true,
+        }
+    }
+
     /// How things stand. Does not wait for a thread of the lowest priority that is at
     /// it just now: then it is what was known last.
     pub(super) fn status(&mut self) -> IntegrityStatus {
         if let Ok(now) = self.status.try_lock() {
             self.known.clone_from(&now);
         }
+        if self.thread.is_finished() {
+            self.known.cannot = Some(ENDED.to_owned());
+        }
         self.known.clone()
     }
 }
 
-/// What the engine tells. Nobody else writes to it.
-struct Inbox {
-    from: Receiver<Option<Arc<Subject>>>,
-    next: Option<Heard>,
-}
-
-enum Heard {
-    Subject(Option<Arc<Subject>>),
-    /// The engine has gone.
-    End,
-}
-
-impl Inbox {
-    /// Waits so long; whether nothing has come meanwhile, or before.
-    fn quiet(&mut self, time: Duration) -> bool {
-        if self.next.is_none() {
-            self.next = match self.from.recv_timeout(time) {
-                Ok(subject) => Some(Heard::Subject(subject)),
-                Err(RecvTimeoutError::Disconnected) => Some(Heard::End),
-                Err(RecvTimeoutError::Timeout) => None,
-            };
-        }
-        self.next.is_none()
+/// The thread. A panic ends a look, and not the patrol.
+fn run(round: &mut Round, inbox: &mut Inbox) {
+    // Of this thread alone, on Linux.
+    if let Err(error) = setpriority_process(None, NICE) {
+        log::info!("looks at the guest's memory have the priority of all else: {error}");
     }
-}
-
-/// What a look came to.
-enum Look {
-    Made,
-    /// The engine has something to say.
-    Interrupted,
-    /// It could not be made.
-    Not {
-        why: String,
-        again: Duration,
-    },
-}
-
-/// The thread's end.
-struct Round {
-    orders: Orders,
-    status: Arc<Mutex<IntegrityStatus>>,
-    ledger: Ledger,
-    subject: Option<Arc<Subject>>,
-    /// The boot that the ledger is of, and since when it is known.
-    boot: Option<Boot>,
-    since: Instant,
-    trusted: Option<Trusted>,
-    said: RateLimit,
-    why_said: RateLimit,
-    disk_said: RateLimit,
-}
-
-impl Round {
-    fn run(&mut self, mut inbox: Inbox) {
-        // Of this thread alone, on Linux.
-        if let Err(error) = setpriority_process(None, NICE) {
-            log::info!("looks at the guest's memory have the priority of all else: {error}");
-        }
-        let mut rest = IDLE;
-        loop {
-            if inbox.quiet(rest) {
-                rest = self.turn(&mut inbox);
-                continue;
-            }
-            match inbox.next.take() {
-                Some(Heard::Subject(subject)) => self.follow(subject),
-                Some(Heard::End) => return,
-                None => {}
-            }
-            rest = Duration::ZERO;
-        }
-    }
-
-    /// The guest runs this from now on.
-    fn follow(&mut self, subject: Option<Arc<Subject>>) {
-        match &subject {
-            None => self.cannot(NO_KERNEL, false),
-            Some(now) if self.boot != Some(boot(&now.guest)) => {
-                let gone = self.ledger.void();
-                self.tell(gone);
-                self.boot = Some(boot(&now.guest));
-                self.since = Instant::now();
-                self.trusted = None;
-                lock(&self.status).last = None;
-            }
-            Some(_) => {}
-        }
-        self.subject = subject;
-    }
-
-    /// Looks, if there is something to look at. How long until the next time.
-    fn turn(&mut self, inbox: &mut Inbox) -> Duration {
-        let Some(subject) = self.subject.clone() else {
-            return IDLE;
-        };
-        let interval = self.orders.interval;
-        let begun = Instant::now();
-        let look = self
-            .look(&subject, inbox)
-            .unwrap_or_else(|error| Look::Not {
-                why: format!("{error:#}"),
-                again: RETRY.min(interval),
-            });
-        match look {
-            // Not most of the time, however long looks take.
-            Look::Made => {
-                let took = begun.elapsed();
-                interval.saturating_sub(took).max(took)
-            }
-            Look::Interrupted => Duration::ZERO,
-            Look::Not { why, again } => {
-                self.cannot(&why, why != STILL_STARTING);
-                again
-            }
-        }
-    }
-
-    fn look(&mut self, subject: &Subject, inbox: &mut Inbox) -> anyhow::Result<Look> {
-        let Subject { guest, ram } = subject;
-        let (ram, kernel, symbols) = (&**ram, &guest.kernel, &guest.symbols);
-        let not = |why: &str, again: Duration| {
-            Ok(Look::Not {
-                why: why.to_owned(),
-                again: again.min(self.orders.interval),
-            })
-        };
-        let before = processor_time();
-        match beats(subject, inbox)? {
-            Heart::Beats => {}
-            Heart::Silent => return not(SILENT, RETRY),
-            Heart::Unknown => return Ok(Look::Interrupted),
-        }
-        if self.trusted.is_none() {
-            self.trusted = trusted(&self.orders.symbols, None, kernel, symbols)?;
-        }
-        let Some(trusted) = &self.trusted else {
-            return not(NO_IMAGE, RETRY);
-        };
-        if !has_started(ram, kernel, symbols, trusted) && self.since.elapsed() < START_LIMIT {
-            return not(STILL_STARTING, STARTING);
-        }
-        let report = check_running(ram, kernel, symbols, trusted, &mut |time| inbox.quiet(time))?;
-        let Some(report) = report else {
-            return Ok(Look::Interrupted);
-        };
-        match beats(subject, inbox)? {
-            Heart::Beats => {}
-            Heart::Silent => return not(SILENT, RETRY),
-            Heart::Unknown => return Ok(Look::Interrupted),
-        }
-        if self.orders.interval > KEEP {
-            self.trusted = None;
-        }
-        self.made(&report, processor_time().saturating_sub(before));
-        Ok(Look::Made)
-    }
-
-    fn made(&mut self, report: &Report, cpu: Duration) {
-        let news = self.ledger.take(report, Instant::now());
-        self.tell(news);
-        let doubts = report.outcomes.iter().filter_map(|one| {
-            let doubt = one.doubt.as_ref()?;
-            Some(format!("{}: {doubt}", one.check))
-        });
-        let look = LookStatus {
-            wall_ns: wall_ns(),
-            cpu_ns: cpu.as_nanos() as u64,
-            findings: report.findings.clone(),
-            not_listed: report.not_listed,
-            doubts: doubts.collect(),
-        };
-        let mut status = lock(&self.status);
-        status.cannot = None;
-        status.looks += 1;
-        status.last = Some(look);
-    }
-
-    /// Says why there is no look: once, until there is another reason, or a look.
-    fn cannot(&mut self, why: &str, log: bool) {
-        let mut status = lock(&self.status);
-        if status.cannot.as_deref() == Some(why) {
+    let retry = RETRY.min(round.orders.interval);
+    while catch_unwind(AssertUnwindSafe(|| round.run(inbox))).is_err() {
+        round.failed();
+        if !inbox.pause(retry) {
             return;
         }
-        status.cannot = Some(why.to_owned());
-        drop(status);
-        if let Some(again) = self.why_said.say().filter(|_| log) {
-            log::info!("the guest's memory is not checked: {why}{again}");
-        }
     }
-
-    fn tell(&mut self, kinds: Vec<FindingKind>) {
-        for kind in kinds {
-            let finding = Finding {
-                wall_ns: wall_ns(),
-                kind,
-            };
-            let told = Told {
-                domain: &self.orders.domain,
-                uuid: self.orders.uuid,
-                session: None,
-                finding: &finding,
-            };
-            let notifier = self.orders.notifier.upgrade();
-            told.tell(&mut self.said, notifier.as_deref());
-            if let Err(error) = self.orders.findings.note(&finding) {
-                if let Some(again) = self.disk_said.say() {
-                    log::error!("{error}; a finding is in the log alone{again}");
-                }
-            }
-        }
-    }
-}
-
-/// Whether a kernel lives.
-enum Heart {
-    Beats,
-    /// It does not, for all that can be seen.
-    Silent,
-    /// The engine has something to say, or soon will.
-    Unknown,
-}
-
-/// Waits for the heart to beat.
-fn beats(subject: &Subject, inbox: &mut Inbox) -> Result<Heart, RamError> {
-    let (link, ram) = (&subject.guest.link, &*subject.ram);
-    let first = link.pulse(ram)?.beats;
-    let begun = Instant::now();
-    loop {
-        if !inbox.quiet(PULSE) || !link.is_there(ram)? {
-            return Ok(Heart::Unknown);
-        }
-        if link.pulse(ram)?.beats != first {
-            return Ok(Heart::Beats);
-        }
-        if begun.elapsed() > PATIENCE {
-            return Ok(Heart::Silent);
-        }
-    }
-}
-
-/// What this thread has taken of the processors so far.
-fn processor_time() -> Duration {
-    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }

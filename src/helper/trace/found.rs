@@ -127,6 +127,7 @@ impl Trace {
             uuid: self.writer.meta.uuid,
             session: Some(self.writer.dir()),
             finding: &finding,
+            again: false,
         };
         told.tell(&mut self.said, self.judging.notifier.as_deref());
         if let Err(error) = self.writer.finding(&finding) {
