@@ -4,7 +4,8 @@
 //! A thread of its own, since draining must not wait for judging. The engine
 //! hands it each round's records through a channel that holds a few rounds;
 //! where that is full, the round is left out and counted as a loss, of which
-//! detection makes no finding. What comes back is folded: a finding is told of
+//! detection makes no finding. A boot that finds no place is handed over later, and
+//! nothing overtakes it. What comes back is folded: a finding is told of
 //! once, and then with its count every few minutes.
 //!
 //! **Order.** A round brings each CPU's records in order, one CPU after the other,
@@ -40,6 +41,11 @@ const ROUND_RECORDS: usize = 50_000;
 const FINDINGS: usize = 1024;
 /// Findings that may wait for the engine.
 const TOLD: usize = 256;
+/// What was said of modules and may wait for a place: a guest may change its list of them
+/// ten times a second.
+const MODULES: usize = 1024;
+/// How long the engine waits for the last findings of a trace.
+const REST: Duration = Duration::from_secs(10);
 
 /// A boot of the guest.
 #[derive(Clone, Debug)]
@@ -71,8 +77,8 @@ pub(super) struct Sentry {
     to: Option<SyncSender<Message>>,
     from: Receiver<Finding>,
     round: Vec<Item>,
-    /// What was said of modules and found no place yet.
-    modules: VecDeque<OfModules>,
+    /// What found no place yet, in order: a boot, and what was said of modules.
+    waiting: VecDeque<Message>,
     /// How many records of which CPU were left out since the last one of it
     /// that was taken.
     missed: BTreeMap<u16, u64>,
@@ -95,42 +101,43 @@ impl Sentry {
             to: Some(to),
             from,
             round: Vec::new(),
-            modules: VecDeque::new(),
+            waiting: VecDeque::new(),
             missed: BTreeMap::new(),
             thread: Some(thread),
         })
     }
 
-    /// The guest runs this kernel from now on.
+    /// The guest runs this kernel from now on. Never waits: a boot that finds no place
+    /// is handed over with a later round.
     pub(super) fn boot(&mut self, kernel: Kernel) {
         self.round.clear();
-        self.modules.clear();
         self.missed.clear();
-        // Waits for a place: a boot is rare, and must not be missed.
-        if let Some(to) = &self.to {
-            let _ = to.send(Message::Boot(kernel));
-        }
+        // What waits is of a boot that is over.
+        self.waiting.clear();
+        self.waiting.push_back(Message::Boot(kernel));
+        self.hand_over();
     }
 
     /// The guest says this of its modules.
     pub(super) fn modules(&mut self, told: OfModules) {
-        self.modules.push_back(told);
-        self.hand_over_modules();
+        if self.waiting.len() >= MODULES {
+            // The first may be a boot.
+            self.waiting.remove(1);
+        }
+        self.waiting.push_back(Message::Modules(told));
+        self.hand_over();
     }
 
-    /// Never waits: what finds no place is handed over with the next round.
-    fn hand_over_modules(&mut self) {
-        let Some(to) = &self.to else { return };
-        while let Some(told) = self.modules.pop_front() {
-            match to.try_send(Message::Modules(told)) {
-                Ok(()) => {}
-                Err(TrySendError::Full(Message::Modules(told))) => {
-                    self.modules.push_front(told);
-                    return;
-                }
-                Err(_) => return,
+    /// Hands over what waits. Whether nothing does any more.
+    fn hand_over(&mut self) -> bool {
+        let Some(to) = &self.to else { return false };
+        while let Some(message) = self.waiting.pop_front() {
+            if let Err(TrySendError::Full(message)) = to.try_send(message) {
+                self.waiting.push_front(message);
+                return false;
             }
         }
+        true
     }
 
     /// Takes a record of the round.
@@ -163,13 +170,25 @@ impl Sentry {
 
     /// The round is over. Never waits.
     pub(super) fn end_round(&mut self) {
-        self.hand_over_modules();
-        let Some(to) = self.to.as_ref().filter(|_| !self.round.is_empty()) else {
-            return;
-        };
-        let sent = to.try_send(Message::Round(std::mem::take(&mut self.round)));
-        if let Err(TrySendError::Full(Message::Round(round))) = sent {
+        if let Err(round) = self.hand_over_round() {
             round.iter().for_each(|item| self.leave_out(item));
+        }
+    }
+
+    /// Hands over what waits and then the round, which is the error where it finds no
+    /// place.
+    fn hand_over_round(&mut self) -> Result<(), Vec<Item>> {
+        let ready = self.hand_over();
+        let round = std::mem::take(&mut self.round);
+        let Some(to) = self.to.as_ref().filter(|_| ready) else {
+            return Err(round);
+        };
+        if round.is_empty() {
+            return Ok(());
+        }
+        match to.try_send(Message::Round(round)) {
+            Err(TrySendError::Full(Message::Round(round))) => Err(round),
+            _ => Ok(()),
         }
     }
 
@@ -178,20 +197,50 @@ impl Sentry {
         self.from.try_iter().collect()
     }
 
+    /// Whether the thread has ended before it was told to: it has panicked.
+    pub(super) fn has_failed(&self) -> bool {
+        self.thread.as_ref().is_some_and(JoinHandle::is_finished)
+    }
+
     /// Has the thread judge what it has, and ends it. What it still finds is
-    /// the result.
-    pub(super) fn finish(mut self) -> Vec<Finding> {
-        // Waits for a place: the last round ends what the thread has.
-        if let Some(to) = self.to.take() {
-            let _ = to.send(Message::Round(std::mem::take(&mut self.round)));
+    /// the result, as far as it comes in time.
+    pub(super) fn finish(self) -> Vec<Finding> {
+        self.finish_within(REST)
+    }
+
+    fn finish_within(mut self, time: Duration) -> Vec<Finding> {
+        let until = Instant::now() + time;
+        let mut whole = true;
+        // The last round ends what the thread has.
+        while let Err(round) = self.hand_over_round() {
+            if Instant::now() >= until {
+                whole = false;
+                break;
+            }
+            self.round = round;
+            std::thread::sleep(ROOM);
         }
+        self.to = None;
         let mut found = Vec::new();
         // Ends when the thread does, and with it its end of the channel.
-        while let Ok(finding) = self.from.recv() {
-            found.push(finding);
+        loop {
+            match (self.from).recv_timeout(until.saturating_duration_since(Instant::now())) {
+                Ok(finding) => found.push(finding),
+                Err(RecvTimeoutError::Timeout) => {
+                    whole = false;
+                    break;
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    self.thread.take().map(JoinHandle::join);
+                    break;
+                }
+            }
         }
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
+        if !whole {
+            log::warn!(
+                "what the trace showed last is not judged by now, after {time:?}; 'xftrace check' \
+                 judges the session"
+            );
         }
         found
     }
@@ -338,229 +387,4 @@ impl Folded {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::detect::Rule;
-    use crate::kernel::Gva;
-    use crate::ring::record::{Call, Comm, Return, Task, TraceFlags};
-    use crate::session::{Listed, UNSURE_NS};
-
-    const MAP: &str = "ffffffff81000000 T _text\nffffffff81000000 T _stext\n\
-        ffffffff81000040 T __x64_sys_read\nffffffff81000080 T do_syscall_64\n\
-        ffffffff81001000 T _etext\nffffffff81003000 B _end\n";
-    const BANNER: &str = "Linux version 6.1";
-    const READ: Gva = Gva(0xffff_ffff_8100_0040);
-    const DISPATCHER: Gva = Gva(0xffff_ffff_8100_0099);
-    const MODULE: Gva = Gva(0xffff_ffff_c000_1234);
-
-    fn kernel() -> Kernel {
-        Kernel {
-            boot: 1,
-            symbols: Arc::new(Symbols::parse(MAP.into()).expect("symbols")),
-            slide: 0,
-            banner: format!("{BANNER}\n"),
-        }
-    }
-
-    /// A read by a task: its call and its return.
-    fn read(cpu: u16, time: u64, caller: Gva) -> [Item; 2] {
-        let task = Task {
-            pid: 7,
-            comm: Some(Comm::from("cat")),
-        };
-        let flags = TraceFlags(0);
-        let item = |time, what| Item {
-            cpu,
-            boot: 1,
-            time,
-            what,
-        };
-        let call = Call {
-            task,
-            flags,
-            func: READ,
-            caller,
-            depth: 0,
-            epoch: 1,
-            seq: 0,
-        };
-        let ret = Return {
-            task,
-            flags,
-            func: READ,
-            caller,
-            depth: 0,
-            epoch: 1,
-            seq: 1,
-            overrun: 0,
-            calltime: time,
-            rettime: time + 5,
-        };
-        [
-            item(time, What::Call(call)),
-            item(time + 5, What::Return(ret)),
-        ]
-    }
-
-    #[test]
-    fn a_hook_is_found_live_and_told_of_once() {
-        let mut sentry = Sentry::start(Baseline::new(BANNER)).expect("a thread");
-        sentry.boot(kernel());
-        for round in 0..5 {
-            for item in read(0, 100 * round, MODULE) {
-                sentry.take(item);
-            }
-            sentry.end_round();
-        }
-        let found = sentry.finish();
-        let rules: Vec<Rule> = found.iter().map(|finding| finding.rule).collect();
-        assert_eq!(rules, [Rule::UnknownModule, Rule::WrongCaller], "{found:?}");
-        assert_eq!(found[1].count, 5);
-    }
-
-    #[test]
-    fn code_that_the_guest_does_not_list_is_found_live() {
-        let mut sentry = Sentry::start(Baseline::new(BANNER)).expect("a thread");
-        sentry.boot(kernel());
-        sentry.modules(OfModules::List(ModuleLook {
-            boot: 1,
-            since: 1,
-            modules: Some(Vec::new()),
-        }));
-        read(0, 5 * UNSURE_NS, MODULE)
-            .into_iter()
-            .for_each(|item| sentry.take(item));
-        let found = sentry.finish();
-        let rules: Vec<Rule> = found.iter().map(|finding| finding.rule).collect();
-        assert_eq!(
-            rules,
-            [Rule::UnlistedModule, Rule::WrongCaller],
-            "{found:?}"
-        );
-    }
-
-    #[test]
-    fn a_finding_has_the_names_that_the_guest_gives_by_then() {
-        let mut sentry = Sentry::start(Baseline::new(BANNER)).expect("a thread");
-        sentry.boot(kernel());
-        sentry.modules(OfModules::List(ModuleLook {
-            boot: 1,
-            since: 1,
-            modules: Some(vec![Listed {
-                name: "hook".to_owned(),
-                code: vec![(MODULE.0 - 0x234, MODULE.0 + 0x100)],
-                load: 1,
-            }]),
-        }));
-        sentry.modules(OfModules::Symbols(ModuleSymbols {
-            load: 1,
-            name: "hook".to_owned(),
-            functions: vec![(MODULE.0 - 0x34, "passed_on".to_owned())],
-            refused: 0,
-            unread: None,
-        }));
-        read(0, 5 * UNSURE_NS, MODULE)
-            .into_iter()
-            .for_each(|item| sentry.take(item));
-        let found = sentry.finish();
-        assert_eq!(found[0].rule, Rule::UnknownModule, "{found:?}");
-        let path = found[0].evidence.as_ref().map(|evidence| &evidence.path);
-        let caller = path.and_then(|path| path[0].caller.as_deref());
-        assert_eq!(caller, Some("passed_on+0x34 [hook?]"));
-        // The module area all the same: what judges does not go by names.
-        assert!(found[0].what.contains("(module area)"), "{found:?}");
-    }
-
-    #[test]
-    fn a_clean_guest_and_another_kernel_give_nothing() {
-        for (banner, caller) in [(BANNER, DISPATCHER), ("Linux version 6.2", MODULE)] {
-            let mut sentry = Sentry::start(Baseline::new(banner)).expect("a thread");
-            sentry.boot(kernel());
-            read(0, 1, caller)
-                .into_iter()
-                .for_each(|item| sentry.take(item));
-            assert_eq!(sentry.finish(), []);
-        }
-    }
-
-    #[test]
-    fn a_round_has_so_many_records_and_the_rest_is_a_loss() {
-        let mut sentry = Sentry::start(Baseline::new(BANNER)).expect("a thread");
-        sentry.boot(kernel());
-        for time in 0..ROUND_RECORDS as u64 {
-            read(0, 10 * time, DISPATCHER)
-                .into_iter()
-                .for_each(|item| sentry.take(item));
-        }
-        let missed = BTreeMap::from([(0, ROUND_RECORDS as u64)]);
-        assert_eq!(
-            (sentry.round.len(), &sentry.missed),
-            (ROUND_RECORDS, &missed)
-        );
-        // The next round tells of it where it begins, on that CPU alone.
-        sentry.round.clear();
-        for cpu in [1, 0] {
-            read(cpu, u64::MAX / 2, DISPATCHER)
-                .into_iter()
-                .for_each(|item| sentry.take(item));
-        }
-        let losses: Vec<(usize, Option<u64>)> = (sentry.round.iter().enumerate())
-            .filter_map(|(at, item)| match item.what {
-                What::Lost(lost) => Some((at, lost.records)),
-                _ => None,
-            })
-            .collect();
-        assert_eq!(losses, [(2, Some(ROUND_RECORDS as u64))]);
-        assert!(sentry.missed.is_empty());
-        assert_eq!(sentry.finish(), []);
-    }
-
-    #[test]
-    fn a_round_that_finds_no_place_is_a_loss() {
-        let (to, _stopped) = sync_channel(1);
-        let (_told, from) = sync_channel(1);
-        let mut sentry = Sentry {
-            to: Some(to),
-            from,
-            round: Vec::new(),
-            modules: VecDeque::new(),
-            missed: BTreeMap::new(),
-            thread: None,
-        };
-        for _ in 0..3 {
-            read(3, 1, DISPATCHER)
-                .into_iter()
-                .for_each(|item| sentry.take(item));
-            sentry.end_round();
-        }
-        // The third has a mark of the second's loss, which counts for its records.
-        assert_eq!(sentry.missed, BTreeMap::from([(3, 4)]));
-    }
-
-    #[test]
-    fn a_finding_is_told_again_only_after_a_while_with_its_count() {
-        let finding = |subject: &str, severity| Finding {
-            rule: Rule::OutsideText,
-            severity,
-            subject: subject.to_owned(),
-            what: "w".to_owned(),
-            count: 3,
-            of: None,
-            evidence: None,
-        };
-        let critical = || vec![finding("f", Severity::Critical)];
-        let mut folded = Folded::default();
-        let start = Instant::now();
-        let counts = |news: Vec<Finding>| news.iter().map(|news| news.count).collect::<Vec<_>>();
-        assert_eq!(counts(folded.news(critical(), start)), [3]);
-        assert!(folded.news(critical(), start + WINDOW).is_empty());
-        assert_eq!(counts(folded.news(critical(), start + AGAIN)), [6]);
-        assert!(folded
-            .news(vec![finding("g", Severity::Notice)], start)
-            .is_empty());
-        for number in 0..2 * FINDINGS {
-            folded.news(vec![finding(&number.to_string(), Severity::Warning)], start);
-        }
-        assert_eq!(folded.0.len(), FINDINGS);
-    }
-}
+mod tests;

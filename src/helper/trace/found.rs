@@ -12,6 +12,8 @@ use super::super::sentry::{self, OfModules, Sentry};
 use super::super::watch::wall_ns;
 use super::Trace;
 
+const FAILED: &str = "the thread that judges has ended for a fault of xftrace's own; see the log";
+
 /// What a trace is judged by while it is on.
 #[derive(Default)]
 pub(super) struct Judging {
@@ -79,7 +81,10 @@ impl Trace {
     pub(in crate::helper) fn judged(&self) -> Option<JudgedStatus> {
         Some(JudgedStatus {
             baseline: self.judging.baseline.clone()?,
-            cannot: self.judging.cannot.clone(),
+            cannot: match &self.judging.sentry {
+                Some(sentry) if sentry.has_failed() => Some(FAILED.to_owned()),
+                _ => self.judging.cannot.clone(),
+            },
             findings: self.judging.findings,
         })
     }
