@@ -27,6 +27,7 @@ use super::watch::{wall_ns, Guest, Watch};
 mod found;
 mod loads;
 mod modules;
+mod rest;
 
 use found::Judging;
 use modules::Modules;

@@ -15,6 +15,7 @@
 mod kallsyms;
 
 use std::ops::Range;
+use std::time::{Duration, Instant};
 
 use crate::ram::GuestRam;
 
@@ -24,10 +25,19 @@ use super::{Gva, Kernel, Symbols, WalkError};
 
 pub use kallsyms::{is_name, Kallsyms, KallsymsError, ModuleFunctions};
 
-/// More modules than any guest has.
-const MAX_MODULES: usize = 4096;
+/// More modules than guests have, of which some 200 are many. A list that is longer
+/// is not read at all: of what is not listed, it would be said that nobody owns it.
+const MAX_MODULES: usize = 512;
 /// MODULE_NAME_LEN on 64-bit machines: 64 bytes less a word.
 const NAME_LENGTH: usize = 56;
+/// The pieces that a module's memory may have; Linux 6.12 has 7 (`enum
+/// mod_mem_type`).
+const MAX_PIECES: u32 = 16;
+/// What is read of a `struct module`, which has some 1300 bytes, lies no further
+/// apart.
+const MAX_APART: u32 = 4096;
+/// How long one read of the list may take where nobody waits for it.
+const PATIENCE: Duration = Duration::from_secs(2);
 /// A piece that is larger is made up.
 const MAX_PIECE: u64 = 256 << 20;
 
@@ -45,9 +55,23 @@ pub enum ModulesError {
     /// The list leads nowhere.
     #[error("the guest's list of modules cannot be followed: {0}")]
     Lost(#[from] WalkError),
-    /// The list does not end.
-    #[error("the guest's list of modules does not end after {MAX_MODULES}; it is made up")]
-    Endless,
+    /// It does not end, or not soon enough.
+    #[error(
+        "the guest's list of modules has more than {MAX_MODULES}, the most that are read, or does \
+         not end: it is not gone by"
+    )]
+    TooLong,
+    /// It is short, but its memory is slow.
+    #[error(
+        "the guest's list of modules could not be read within {} ms, only {read} of them",
+        .budget.as_millis()
+    )]
+    TooSlow {
+        /// How many were read.
+        read: usize,
+        /// In which time.
+        budget: Duration,
+    },
 }
 
 /// A module, as the guest has it in its list.
@@ -86,6 +110,8 @@ struct Offsets {
     pieces: Vec<Piece>,
     /// Where the symbols are, if the kernel has modules' symbols.
     kallsyms: Option<kallsyms::Offsets>,
+    /// From where to where all of that is.
+    block: Range<u32>,
 }
 
 /// A piece of a module's memory.
@@ -122,12 +148,15 @@ impl Offsets {
                     .collect::<Result<_, BtfError>>()?
             }
         };
-        Ok(Self {
+        let mut offsets = Self {
             list: module.field("list")?.offset,
             name: module.field("name")?.offset,
             pieces,
             kallsyms: kallsyms::Offsets::of(btf).ok(),
-        })
+            block: 0..0,
+        };
+        offsets.block = offsets.span()?;
+        Ok(offsets)
     }
 
     /// One `struct module_memory` for each `enum mod_mem_type`.
@@ -138,7 +167,19 @@ impl Offsets {
         let [Ok(text), Ok(init)] = code else {
             return Err(BtfError::Unknown("enum mod_mem_type".to_owned()));
         };
-        let each = memory.size()?.max(1);
+        let each = memory.size()?;
+        let holds = each >= base.saturating_add(8).max(size.saturating_add(4));
+        let count = length.checked_div(each).unwrap_or(0);
+        if !holds || count.checked_mul(each) != Some(length) || text.max(init) >= count {
+            return Err(BtfError::Unknown(format!(
+                "plausible struct module (its memory is {length} bytes, a piece of it {each})"
+            )));
+        }
+        if count > MAX_PIECES {
+            return Err(BtfError::Unknown(format!(
+                "plausible struct module (its memory has {count} pieces)"
+            )));
+        }
         let piece = |index: u32| {
             let start = first.saturating_add(index.saturating_mul(each));
             let size = start.saturating_add(size);
@@ -148,7 +189,49 @@ impl Offsets {
                 code: [text, init].contains(&index).then_some(size),
             }
         };
-        Ok((0..length / each).map(piece).collect())
+        Ok((0..count).map(piece).collect())
+    }
+
+    /// From where to where in the structure all is that is read.
+    fn span(&self) -> Result<Range<u32>, BtfError> {
+        let mut fields = vec![(self.list, 8), (self.name, NAME_LENGTH as u32)];
+        for piece in &self.pieces {
+            fields.extend([(piece.base, 8), (piece.size, 4)]);
+            fields.extend(piece.code.map(|code| (code, 4)));
+        }
+        fields.extend(self.kallsyms.map(|kallsyms| (kallsyms.pointer, 8)));
+        let start = fields.iter().map(|&(at, _)| at).min().unwrap_or(0);
+        let ends = fields.iter().map(|&(at, size)| at.saturating_add(size));
+        let end = ends.max().unwrap_or(0);
+        if end.saturating_sub(start) > MAX_APART {
+            return Err(BtfError::Unknown(format!(
+                "plausible struct module (what is read of it is at {start:#x} to {end:#x})"
+            )));
+        }
+        Ok(start..end)
+    }
+}
+
+/// What was copied of a `struct module`, by the offsets in it.
+struct Block {
+    bytes: Vec<u8>,
+    first: u32,
+}
+
+impl Block {
+    /// What [`Offsets::span`] does not span is 0.
+    fn at<const N: usize>(&self, offset: u32) -> [u8; N] {
+        let at = offset.saturating_sub(self.first) as usize;
+        let found = self.bytes.get(at..).and_then(|rest| rest.first_chunk());
+        found.copied().unwrap_or([0; N])
+    }
+
+    fn word(&self, offset: u32) -> u64 {
+        u64::from_le_bytes(self.at(offset))
+    }
+
+    fn half(&self, offset: u32) -> u32 {
+        u32::from_le_bytes(self.at(offset))
     }
 }
 
@@ -174,49 +257,57 @@ impl ModuleList {
         })
     }
 
-    /// The modules in it, in its order: the youngest first.
+    /// The modules in it, in its order: the youngest first. Of each, one piece of
+    /// memory is copied, and what that says of its symbols.
     ///
     /// # Errors
-    /// If it cannot be followed. One that changes while it is read may give that
-    /// too.
-    pub fn read(&self, ram: &dyn GuestRam) -> Result<Vec<Module>, ModulesError> {
-        let Self {
-            kernel,
-            head,
-            offsets,
-        } = self;
+    /// If it cannot be followed, or not within `budget`. One that changes while it
+    /// is read may give that too.
+    pub fn read(&self, ram: &dyn GuestRam, budget: Duration) -> Result<Vec<Module>, ModulesError> {
+        let begun = Instant::now();
+        let (kernel, offsets) = (&self.kernel, &self.offsets);
         let mut modules = Vec::new();
-        let mut node = Gva(kernel.read_u64(ram, *head)?);
-        while node != *head {
+        let mut block = Block {
+            bytes: vec![0; offsets.block.len()],
+            first: offsets.block.start,
+        };
+        let mut node = Gva(kernel.read_u64(ram, self.head)?);
+        while node != self.head {
             if modules.len() >= MAX_MODULES {
-                return Err(ModulesError::Endless);
+                return Err(ModulesError::TooLong);
+            }
+            if begun.elapsed() > budget {
+                let read = modules.len();
+                return Err(ModulesError::TooSlow { read, budget });
             }
             let at = Gva(node.0.wrapping_sub(offsets.list.into()));
-            let mut name = [0; NAME_LENGTH];
-            kernel.read(ram, at.wrapping_add(offsets.name.into()), &mut name)?;
-            let name = name.split(|&byte| byte == 0).next().unwrap_or_default();
-            let word = |offset: u32| kernel.read_u64(ram, at.wrapping_add(offset.into()));
-            let half = |offset: u32| kernel.read_u32(ram, at.wrapping_add(offset.into()));
-            let (mut code, mut memory) = (Vec::new(), Vec::new());
-            for piece in &offsets.pieces {
-                let base = word(piece.base)?;
-                memory.extend(range(base, half(piece.size)?));
-                if let Some(size) = piece.code {
-                    code.extend(range(base, half(size)?));
-                }
-            }
-            modules.push(Module {
-                name: escape(name),
-                at,
-                code,
-                memory,
-                kallsyms: offsets
-                    .kallsyms
-                    .and_then(|kallsyms| kallsyms.table(ram, kernel, at)),
-            });
-            node = Gva(kernel.read_u64(ram, node)?);
+            kernel.read(ram, at.wrapping_add(block.first.into()), &mut block.bytes)?;
+            modules.push(self.module(ram, at, &block));
+            node = Gva(block.word(offsets.list));
         }
         Ok(modules)
+    }
+
+    /// The module of which this is a copy.
+    fn module(&self, ram: &dyn GuestRam, at: Gva, block: &Block) -> Module {
+        let offsets = &self.offsets;
+        let name: [u8; NAME_LENGTH] = block.at(offsets.name);
+        let name = name.split(|&byte| byte == 0).next().unwrap_or_default();
+        let (mut code, mut memory) = (Vec::new(), Vec::new());
+        for piece in &offsets.pieces {
+            let base = block.word(piece.base);
+            memory.extend(range(base, block.half(piece.size)));
+            code.extend(piece.code.and_then(|size| range(base, block.half(size))));
+        }
+        Module {
+            name: escape(name),
+            at,
+            code,
+            memory,
+            kallsyms: offsets.kallsyms.and_then(|kallsyms| {
+                kallsyms.follow(ram, &self.kernel, block.word(kallsyms.pointer))
+            }),
+        }
     }
 
     /// Whether the kernel keeps the symbols of its modules (CONFIG_KALLSYMS).
@@ -227,15 +318,17 @@ impl ModuleList {
     /// The functions of a module that was on the list, by its own symbols.
     ///
     /// # Errors
-    /// If it has none, or they cannot be read; see [`KallsymsError::may_pass`].
+    /// If it has none, or they cannot be read, or not within `budget`; see
+    /// [`KallsymsError::may_pass`].
     pub fn functions(
         &self,
         ram: &dyn GuestRam,
         module: &Module,
+        budget: Duration,
     ) -> Result<ModuleFunctions, KallsymsError> {
         let none = || KallsymsError::None(module.name.clone());
         let offsets = self.offsets.kallsyms.ok_or_else(none)?;
-        kallsyms::read(ram, &self.kernel, offsets, module)
+        kallsyms::read(ram, &self.kernel, offsets, module, budget)
     }
 }
 
@@ -249,7 +342,7 @@ pub fn modules(
     symbols: &Symbols,
     btf: &Btf,
 ) -> Result<Vec<Module>, ModulesError> {
-    ModuleList::of(kernel, symbols, btf)?.read(ram)
+    ModuleList::of(kernel, symbols, btf)?.read(ram, PATIENCE)
 }
 
 /// A piece of a module, if there is one.

@@ -11,13 +11,12 @@ use std::time::{Duration, Instant};
 use crate::kernel::{Gva, KallsymsError, Module, ModuleFunctions};
 use crate::session::{Listed, ModuleSymbols};
 
+use super::rest::Rest;
+
 /// How often a module's symbols are tried where they cannot be read,
 const TRIES: u32 = 5;
 /// and how long after the last time. A module that starts, or goes, is soon done.
 const AGAIN: Duration = Duration::from_millis(100);
-/// Of the engine's time, reading symbols takes one part in so many.
-const SHARE: u32 = 10;
-
 /// The loads of one boot's modules.
 #[derive(Default)]
 pub(super) struct Loads {
@@ -27,7 +26,7 @@ pub(super) struct Loads {
     /// Those whose symbols are to be read.
     unread: VecDeque<Unread>,
     /// Until when no symbols are read, for others to have their share.
-    rest: Option<Instant>,
+    rest: Rest,
     /// No symbols are read: the kernel has none, or the session no room.
     nameless: bool,
 }
@@ -87,7 +86,7 @@ impl Loads {
 
     /// The load whose turn it is to have its symbols read, if it is time to.
     pub(super) fn turn(&mut self, now: Instant) -> Option<Unread> {
-        if self.rest.is_some_and(|until| now < until) {
+        if !self.rest.is_over(now) {
             return None;
         }
         let unread = self.unread.pop_front()?;
@@ -106,8 +105,7 @@ impl Loads {
         read: Result<ModuleFunctions, KallsymsError>,
         (begun, now): (Instant, Instant),
     ) -> Option<ModuleSymbols> {
-        let took = now.saturating_duration_since(begun);
-        self.rest = now.checked_add(took.saturating_mul(SHARE.saturating_sub(1)));
+        self.rest.after((begun, now));
         unread.tries += 1;
         let (load, name) = (unread.load, unread.module.name.as_str());
         match read {
@@ -124,7 +122,7 @@ impl Loads {
     /// Nobody else has to have a share any more: all that is left may be read at
     /// once. Whether anything is.
     pub(super) fn hurry(&mut self) -> bool {
-        self.rest = None;
+        self.rest.end();
         self.unread
             .iter_mut()
             .for_each(|unread| unread.after = None);

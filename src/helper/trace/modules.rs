@@ -1,24 +1,31 @@
 //! The guest's own list of modules, looked at while it is traced.
 //!
 //! The list is read ten times a second. The symbols of a module are read once for
-//! each time that it was loaded, a module at a time, so that the ring buffers need
-//! not wait: what that takes is a tenth of the engine's time at most.
+//! each time that it was loaded, a module at a time. How long either takes, the guest
+//! has a say in. So neither may take long, lest a ring buffer that waits runs over, and
+//! both rest nine times as long: each takes a tenth of the engine's time at most.
 
 use std::time::{Duration, Instant};
 
 use crate::kernel::btf::Btf;
-use crate::kernel::{ModuleList, ModulesError};
+use crate::kernel::{Module, ModuleList, ModulesError};
 use crate::ram::GuestRam;
 use crate::session::{ModuleLook, ModuleSymbols, SETTLE};
 
+use super::super::ratelimit::RateLimit;
 use super::super::watch::{Guest, Watch};
 use super::loads::Loads;
+use super::rest::{turn, Rest};
 use super::{Trace, HOLD_AFTER};
 
 /// How often the list is looked at: sooner than a record settles, so that a record
 /// is judged after a look that is younger than the record.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 const _: () = assert!(LOOK_EVERY.as_millis() * 2 < SETTLE.as_millis());
+/// How long one look may take, or reading the symbols of one module. As many modules as
+/// are read take some milliseconds; memory that the host swapped out takes longer.
+const BUDGET: Duration = Duration::from_millis(20);
+const _: () = assert!(turn(BUDGET).as_millis() < SETTLE.as_millis());
 /// So many looks one after another that fail, and the list is not known any more.
 /// One that fails may have met a change.
 const FAILURES: u32 = 4;
@@ -28,11 +35,19 @@ const LAST: Duration = Duration::from_millis(500);
 /// The list of one boot.
 pub(super) struct Modules {
     list: ModuleList,
-    /// As it was written down last.
+    looks: Looks,
+}
+
+/// What is made of looks at it.
+struct Looks {
+    /// The list as it was written down last.
     last: Option<ModuleLook>,
     looked: Option<Instant>,
+    rest: Rest,
     failures: u32,
     loads: Loads,
+    /// A guest can spoil and mend its list as often as it likes.
+    said: RateLimit,
 }
 
 impl Modules {
@@ -52,17 +67,24 @@ impl Modules {
     }
 
     fn new(list: ModuleList) -> Self {
-        let mut loads = Loads::default();
+        let mut looks = Looks::new();
         if !list.has_symbols() {
             log::info!("the guest's kernel keeps no symbols of its modules (CONFIG_KALLSYMS)");
-            loads.read_no_symbols();
+            looks.loads.read_no_symbols();
         }
+        Self { list, looks }
+    }
+}
+
+impl Looks {
+    fn new() -> Self {
         Self {
-            list,
             last: None,
             looked: None,
+            rest: Rest::default(),
             failures: 0,
-            loads,
+            loads: Loads::default(),
+            said: RateLimit::new(3, Duration::from_secs(60)),
         }
     }
 
@@ -70,16 +92,20 @@ impl Modules {
     /// can be read no more. `number` gives a number to a load that is new.
     fn look(
         &mut self,
-        ram: &dyn GuestRam,
+        read: impl FnOnce() -> Result<Vec<Module>, ModulesError>,
         boot: u32,
         since: u64,
         number: impl FnMut() -> u32,
     ) -> Option<ModuleLook> {
-        if self.looked.is_some_and(|at| at.elapsed() < LOOK_EVERY) {
+        let begun = Instant::now();
+        let soon = |at: Instant| begun.saturating_duration_since(at) < LOOK_EVERY;
+        if self.looked.is_some_and(soon) || !self.rest.is_over(begun) {
             return None;
         }
-        self.looked = Some(Instant::now());
-        let modules = match self.list.read(ram) {
+        self.looked = Some(begun);
+        let read = read();
+        self.rest.after((begun, Instant::now()));
+        let modules = match read {
             Ok(modules) => {
                 self.failures = 0;
                 Some(self.loads.numbered(modules, number))
@@ -90,7 +116,12 @@ impl Modules {
                     return None;
                 }
                 if self.failures == FAILURES {
-                    log::warn!("{error}");
+                    if let Some(again) = self.said.say() {
+                        log::warn!(
+                            "{error}; code of the guest's modules is told by symbols alone for \
+                             now{again}"
+                        );
+                    }
                 }
                 None
             }
@@ -107,13 +138,16 @@ impl Modules {
         self.last = Some(look.clone());
         Some(look)
     }
+}
 
+impl Modules {
     /// Reads the symbols of the module whose turn it is, if it is time to.
     fn symbols(&mut self, ram: &dyn GuestRam) -> Option<ModuleSymbols> {
         let begun = Instant::now();
-        let unread = self.loads.turn(begun)?;
-        let read = self.list.functions(ram, &unread.module);
-        self.loads.done(unread, read, (begun, Instant::now()))
+        let unread = self.looks.loads.turn(begun)?;
+        let read = self.list.functions(ram, &unread.module, BUDGET);
+        let times = (begun, Instant::now());
+        self.looks.loads.done(unread, read, times)
     }
 }
 
@@ -137,7 +171,9 @@ impl Trace {
             .as_mut()
             .zip(clock)
             .and_then(|(modules, clock)| {
-                modules.look(&*self.ram, boot, clock, || writer.new_load())
+                let Modules { list, looks } = modules;
+                let read = || list.read(&*self.ram, BUDGET);
+                looks.look(read, boot, clock, || writer.new_load())
             });
         if let Some(look) = look {
             self.note_modules(look);
@@ -178,7 +214,7 @@ impl Trace {
                     "the session has no room for more symbols of the guest's modules; functions \
                      of those that are loaded from now on are not named"
                 );
-                modules.loads.read_no_symbols();
+                modules.looks.loads.read_no_symbols();
             }
             Err(error) => self.cannot_store(&error),
         }
@@ -190,10 +226,76 @@ impl Trace {
         let begun = Instant::now();
         while watch.silent() <= HOLD_AFTER && begun.elapsed() < LAST {
             let modules = self.live.as_mut().and_then(|live| live.modules.as_mut());
-            if !modules.is_some_and(|modules| modules.loads.hurry()) {
+            if !modules.is_some_and(|modules| modules.looks.loads.hurry()) {
                 return;
             }
             self.read_module_symbols();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::ratelimit::Verdict;
+    use super::*;
+
+    /// Looks at a list that takes so long to read; whether it was read.
+    fn looked(looks: &mut Looks, took: Duration, list: Result<(), ModulesError>) -> bool {
+        let mut read = false;
+        let reading = || {
+            read = true;
+            std::thread::sleep(took);
+            list.map(|()| Vec::new())
+        };
+        looks.look(reading, 1, 0, || 1);
+        read
+    }
+
+    #[test]
+    fn a_list_that_is_slow_to_read_is_read_less_often() {
+        let mut looks = Looks::new();
+        let begun = Instant::now();
+        let took = Duration::from_millis(40);
+        assert!(looked(&mut looks, took, Ok(())));
+        let mut reads = 0;
+        while begun.elapsed() < Duration::from_millis(390) {
+            reads += u32::from(looked(&mut looks, took, Ok(())));
+            std::thread::sleep(Duration::from_millis(3));
+        }
+        assert_eq!(reads, 0);
+        let again = Instant::now();
+        while !looked(&mut looks, took, Ok(())) {
+            assert!(again.elapsed() < Duration::from_secs(10));
+            std::thread::sleep(Duration::from_millis(3));
+        }
+        // One that cannot be read, too.
+        assert!(!looks.rest.is_over(Instant::now()));
+        looks.rest.end();
+        looks.looked = None;
+        assert!(looked(&mut looks, took, Err(ModulesError::TooLong)));
+        assert!(!looks.rest.is_over(Instant::now() + 8 * took));
+    }
+
+    #[test]
+    fn a_list_that_is_spoilt_again_and_again_does_not_fill_the_log() {
+        let mut looks = Looks::new();
+        for turn in 0..10 {
+            for _ in 0..FAILURES {
+                looks.looked = None;
+                looks.rest.end();
+                assert!(looked(
+                    &mut looks,
+                    Duration::ZERO,
+                    Err(ModulesError::TooLong)
+                ));
+            }
+            let unknown = looks.last.as_ref().map(|look| look.modules.is_none());
+            assert_eq!(unknown, Some(true), "turn {turn}");
+            looks.looked = None;
+            looks.rest.end();
+            assert!(looked(&mut looks, Duration::ZERO, Ok(())));
+        }
+        // It asked ten times, and was let through three times.
+        assert_eq!(looks.said.ask(), Verdict::Drop);
     }
 }

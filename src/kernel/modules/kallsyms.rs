@@ -13,6 +13,8 @@
 //! What is taken of it are functions that lie in the module's own code. Nothing
 //! that a module says of itself can name what is not its own.
 
+use std::time::{Duration, Instant};
+
 use crate::kernel::btf::{Btf, BtfError};
 use crate::kernel::{Gva, Kernel, WalkError};
 use crate::ram::GuestRam;
@@ -67,6 +69,16 @@ pub enum KallsymsError {
          its functions are not named"
     )]
     Spread(String),
+    /// Its memory is slow.
+    #[error(
+        "the symbols of the module {module} could not be read within {} ms", .budget.as_millis()
+    )]
+    Slow {
+        /// The module's name.
+        module: String,
+        /// In which time.
+        budget: Duration,
+    },
     /// It was another one behind the copy.
     #[error("the table of symbols of the module {0} changed while it was read")]
     Changed(String),
@@ -102,7 +114,8 @@ pub struct Kallsyms {
 /// Where things are in `struct module` and `struct mod_kallsyms`.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Offsets {
-    pointer: u32,
+    /// In `struct module`.
+    pub(super) pointer: u32,
     symbols: u32,
     count: u32,
     names: u32,
@@ -126,9 +139,21 @@ impl Offsets {
     }
 
     /// The table of the module at `at`; none where it has none yet.
-    pub(super) fn table(self, ram: &dyn GuestRam, kernel: &Kernel, at: Gva) -> Option<Kallsyms> {
+    fn table(self, ram: &dyn GuestRam, kernel: &Kernel, at: Gva) -> Option<Kallsyms> {
         let pointer = at.wrapping_add(self.pointer.into());
-        let table = kernel.read_u64(ram, pointer).ok().filter(|&to| to != 0)?;
+        self.follow(ram, kernel, kernel.read_u64(ram, pointer).ok()?)
+    }
+
+    /// The table that a module's pointer to it leads to.
+    pub(super) fn follow(
+        self,
+        ram: &dyn GuestRam,
+        kernel: &Kernel,
+        table: u64,
+    ) -> Option<Kallsyms> {
+        if table == 0 {
+            return None;
+        }
         // One copy for all of it: this is read with the list, time and again.
         let last = self.symbols.max(self.count).max(self.names) as usize;
         let mut copy = [0; MAX_TABLE];
@@ -159,20 +184,24 @@ pub(super) fn read(
     kernel: &Kernel,
     offsets: Offsets,
     module: &Module,
+    budget: Duration,
 ) -> Result<ModuleFunctions, KallsymsError> {
+    let reading = Reading {
+        ram,
+        kernel,
+        module,
+        budget,
+        begun: Instant::now(),
+    };
     let name = || module.name.clone();
     let table = module.kallsyms.ok_or_else(|| KallsymsError::None(name()))?;
     if table.count > MAX_SYMBOLS {
         let (module, count) = (name(), table.count);
         return Err(KallsymsError::TooMany { module, count });
     }
-    let lost = |cause| KallsymsError::Lost {
-        module: name(),
-        cause,
-    };
     let mut found = ModuleFunctions::default();
-    let wanted = functions(ram, kernel, table, module, &mut found.refused).map_err(lost)?;
-    let names = names(ram, kernel, table, &wanted).ok_or_else(|| KallsymsError::Spread(name()))?;
+    let wanted = reading.functions(table, &mut found.refused)?;
+    let names = reading.names(table, &wanted)?;
     if offsets.table(ram, kernel, module.at) != Some(table) {
         return Err(KallsymsError::Changed(name()));
     }
@@ -180,54 +209,109 @@ pub(super) fn read(
     let mut room = MAX_NAMES;
     for wanted in wanted {
         let again = found.functions.last().map(|(at, _)| at.0) == Some(wanted.at);
-        match names.get(wanted.name) {
+        match names.get(wanted.name, room) {
             _ if again => {}
-            Some(name) if name.len() <= room => {
+            Some(name) => {
                 room = room.saturating_sub(name.len());
                 found.functions.push((Gva(wanted.at), name.to_owned()));
             }
-            _ => found.refused = found.refused.saturating_add(1),
+            None => found.refused = found.refused.saturating_add(1),
         }
     }
     Ok(found)
 }
 
-/// The symbols that are functions of the module's own code, in order.
-fn functions(
-    ram: &dyn GuestRam,
-    kernel: &Kernel,
-    table: Kallsyms,
-    module: &Module,
-    refused: &mut u64,
-) -> Result<Vec<Wanted>, WalkError> {
-    let mut wanted = Vec::new();
-    let mut copy = vec![0; SYMBOL * AT_ONCE as usize];
-    for first in (0..table.count).step_by(AT_ONCE as usize) {
-        let many = AT_ONCE.min(table.count.saturating_sub(first)) as usize;
-        let part = copy.get_mut(..many * SYMBOL).unwrap_or_default();
-        let at = table.symbols.wrapping_add(u64::from(first) * SYMBOL as u64);
-        kernel.read(ram, at, part)?;
-        for symbol in part
-            .chunks_exact(SYMBOL)
-            .flat_map(|symbol| symbol.first_chunk())
-        {
-            // st_name, st_info, st_other, st_shndx, st_value; and st_size behind it.
-            let [n0, n1, n2, n3, info, _, s0, s1, at @ ..]: &[u8; 16] = symbol;
-            if info & 15 != STT_FUNC || (*s0, *s1) == (0, 0) {
-                continue;
-            }
-            let at = u64::from_le_bytes(*at);
-            if module.has(Gva(at)) && wanted.len() < MAX_FUNCTIONS {
-                let name = u32::from_le_bytes([*n0, *n1, *n2, *n3]);
-                wanted.push(Wanted { at, name });
-            } else {
-                *refused = refused.saturating_add(1);
+/// The symbols of one module, while they are read.
+struct Reading<'a> {
+    ram: &'a dyn GuestRam,
+    kernel: &'a Kernel,
+    module: &'a Module,
+    budget: Duration,
+    begun: Instant,
+}
+
+impl Reading<'_> {
+    /// Asked once for each few KiB: memory that the host has swapped out is slow.
+    fn in_time(&self) -> Result<(), KallsymsError> {
+        if self.begun.elapsed() <= self.budget {
+            return Ok(());
+        }
+        Err(KallsymsError::Slow {
+            module: self.module.name.clone(),
+            budget: self.budget,
+        })
+    }
+
+    /// The symbols that are functions of the module's own code, in order.
+    fn functions(&self, table: Kallsyms, refused: &mut u64) -> Result<Vec<Wanted>, KallsymsError> {
+        let mut wanted = Vec::new();
+        let mut copy = vec![0; SYMBOL * AT_ONCE as usize];
+        for first in (0..table.count).step_by(AT_ONCE as usize) {
+            self.in_time()?;
+            let many = AT_ONCE.min(table.count.saturating_sub(first)) as usize;
+            let part = copy.get_mut(..many * SYMBOL).unwrap_or_default();
+            let at = table.symbols.wrapping_add(u64::from(first) * SYMBOL as u64);
+            self.kernel
+                .read(self.ram, at, part)
+                .map_err(|cause| KallsymsError::Lost {
+                    module: self.module.name.clone(),
+                    cause,
+                })?;
+            for symbol in part
+                .chunks_exact(SYMBOL)
+                .flat_map(|symbol| symbol.first_chunk())
+            {
+                // st_name, st_info, st_other, st_shndx, st_value; and st_size behind it.
+                let [n0, n1, n2, n3, info, _, s0, s1, at @ ..]: &[u8; 16] = symbol;
+                if info & 15 != STT_FUNC || (*s0, *s1) == (0, 0) {
+                    continue;
+                }
+                let at = u64::from_le_bytes(*at);
+                if self.module.has(Gva(at)) && wanted.len() < MAX_FUNCTIONS {
+                    let name = u32::from_le_bytes([*n0, *n1, *n2, *n3]);
+                    wanted.push(Wanted { at, name });
+                } else {
+                    *refused = refused.saturating_add(1);
+                }
             }
         }
+        // Of one address, those that come first in the table stay first.
+        wanted.sort_by_key(|wanted| wanted.at);
+        Ok(wanted)
     }
-    // Of one address, those that come first in the table stay first.
-    wanted.sort_by_key(|wanted| wanted.at);
-    Ok(wanted)
+
+    /// Copies the names of these symbols, from the first to the last. What of them
+    /// cannot be read is not there.
+    fn names(&self, table: Kallsyms, wanted: &[Wanted]) -> Result<Names, KallsymsError> {
+        let offsets = || wanted.iter().map(|wanted| wanted.name);
+        let (Some(first), Some(last)) = (offsets().min(), offsets().max()) else {
+            return Ok(Names {
+                first: 0,
+                bytes: Vec::new(),
+            });
+        };
+        let length = (last.saturating_sub(first) as usize).saturating_add(MAX_NAME + 1);
+        if length > MAX_NAMES {
+            return Err(KallsymsError::Spread(self.module.name.clone()));
+        }
+        let mut bytes = vec![0; length];
+        let mut at = table.names.wrapping_add(first.into());
+        let mut done = 0;
+        // A page at a time: the last name may end where no memory follows.
+        while let Some(rest) = bytes.get_mut(done..).filter(|rest| !rest.is_empty()) {
+            self.in_time()?;
+            let whole = (PAGE - at.0 % PAGE) as usize;
+            let many = whole.min(rest.len());
+            let part = rest.get_mut(..many).unwrap_or_default();
+            if self.kernel.read(self.ram, at, part).is_err() {
+                break;
+            }
+            at = at.wrapping_add(many as u64);
+            done += many;
+        }
+        bytes.truncate(done);
+        Ok(Names { first, bytes })
+    }
 }
 
 /// A copy of names, as they lie behind each other.
@@ -237,47 +321,16 @@ struct Names {
 }
 
 impl Names {
-    /// The name at `offset`, if there is one and it is one.
-    fn get(&self, offset: u32) -> Option<&str> {
+    /// The name at `offset`, if there is one, it is one, and there is room for it.
+    fn get(&self, offset: u32, room: usize) -> Option<&str> {
         let at = offset.checked_sub(self.first)? as usize;
         let end = at.saturating_add(MAX_NAME + 1).min(self.bytes.len());
         let bytes = self.bytes.get(at..end)?;
-        let length = memchr::memchr(0, bytes)?;
+        // Names may lie in each other. What finds no room is not looked at closely.
+        let length = memchr::memchr(0, bytes).filter(|&length| length <= room)?;
         let name = std::str::from_utf8(bytes.get(..length)?).ok()?;
         is_name(name).then_some(name)
     }
-}
-
-/// Copies the names of these symbols, from the first to the last. What of them
-/// cannot be read is not there; `None` if they are spread too far.
-fn names(ram: &dyn GuestRam, kernel: &Kernel, table: Kallsyms, wanted: &[Wanted]) -> Option<Names> {
-    let offsets = || wanted.iter().map(|wanted| wanted.name);
-    let (Some(first), Some(last)) = (offsets().min(), offsets().max()) else {
-        return Some(Names {
-            first: 0,
-            bytes: Vec::new(),
-        });
-    };
-    let length = (last.saturating_sub(first) as usize).saturating_add(MAX_NAME + 1);
-    if length > MAX_NAMES {
-        return None;
-    }
-    let mut bytes = vec![0; length];
-    let mut at = table.names.wrapping_add(first.into());
-    let mut done = 0;
-    // A page at a time: the last name may end where no memory follows.
-    while let Some(rest) = bytes.get_mut(done..).filter(|rest| !rest.is_empty()) {
-        let whole = (PAGE - at.0 % PAGE) as usize;
-        let many = whole.min(rest.len());
-        let part = rest.get_mut(..many).unwrap_or_default();
-        if kernel.read(ram, at, part).is_err() {
-            break;
-        }
-        at = at.wrapping_add(many as u64);
-        done += many;
-    }
-    bytes.truncate(done);
-    Some(Names { first, bytes })
 }
 
 /// Whether this is what symbols and modules are called. Everything else that is

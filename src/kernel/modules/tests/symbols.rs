@@ -47,9 +47,9 @@ impl Guest {
 
     fn functions_by(&self, btf: &Btf) -> Result<ModuleFunctions, KallsymsError> {
         let list = ModuleList::of(&self.kernel, &self.symbols, btf).expect("a list");
-        let modules = list.read(&self.ram).expect("modules");
+        let modules = list.read(&self.ram, LONG).expect("modules");
         let first = modules.iter().find(|module| module.at == Gva(FIRST));
-        list.functions(&self.ram, first.expect("the first"))
+        list.functions(&self.ram, first.expect("the first"), LONG)
     }
 }
 
