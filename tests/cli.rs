@@ -205,20 +205,59 @@ fn enrolling_says_what_is_to_be_done_next() {
 fn enrolling_for_a_stock_kernel_tells_what_to_boot_it_with() {
     let dir = tempfile::tempdir().unwrap();
     let (uri, config) = host(dir.path());
+    let enroll = |functions: &str, symbols: Option<&Path>| {
+        let mut command = xftrace();
+        command.args(["-c", &uri, "--config", &config, "enroll", "web-1"]);
+        command.args(["--plain", "-f", functions]);
+        if let Some(symbols) = symbols {
+            command.arg("--symbols").arg(symbols);
+        }
+        command.assert()
+    };
     let parameters = "ftrace=function_graph \
                       ftrace_graph_filter=__x64_sys_openat,vfs_read trace_buf_size=8M";
-    xftrace()
-        .args(["-c", &uri, "--config", &config, "enroll", "web-1"])
-        .args(["-f", "sys_openat,vfs_read", "--plain"])
-        .assert()
+    let told = || {
+        contains("boots no kernel directly")
+            .and(contains(format!("\n  {parameters}\n")))
+            .and(contains("/etc/default/grub, then update-grub"))
+    };
+    // Nothing tells what the functions are called.
+    enroll("sys_openat,vfs_read", None)
+        .code(2)
+        .stdout(is_empty())
+        .stderr(contains("xftrace symbols add"));
+
+    let map = dir.path().join("System.map");
+    let text = "ffffffff81000000 T _text\nffffffff81000000 T _stext\n\
+                ffffffff81000040 T __x64_sys_openat\nffffffff810000e0 T vfs_read\n\
+                ffffffff81001000 T _etext\n";
+    std::fs::write(&map, text).unwrap();
+    enroll("sys_openat,vfs_read", Some(&map))
         .code(0)
-        .stdout(
-            contains("boots no kernel directly")
-                .and(contains(
-                    "GRUB_CMDLINE_LINUX in /etc/default/grub, then update-grub",
-                ))
-                .and(contains(format!("\n  {parameters}\n"))),
-        );
+        .stdout(told());
+    enroll("sys_openat,vfs_raed", Some(&map))
+        .code(2)
+        .stderr(contains("no function \"vfs_raed\"").and(contains("vfs_read")));
+
+    xftrace()
+        .args(["--config", &config, "symbols", "add"])
+        .arg(&map)
+        .assert()
+        .code(0);
+    enroll("sys_openat,vfs_read", None).code(0).stdout(told());
+    // What the store made of it is no list of symbols, and can be named as well.
+    let files = std::fs::read_dir(dir.path().join("symbols")).unwrap();
+    let mut files = files.map(|file| file.unwrap().path());
+    let index = files.find(|path| path.extension().is_some_and(|end| end == "xfsyms"));
+    std::fs::remove_file(&map).unwrap();
+    let index = index.unwrap();
+    enroll("sys_openat,vfs_read", Some(&index))
+        .code(0)
+        .stdout(told());
+    enroll("sys_openta", Some(&index))
+        .code(2)
+        .stdout(is_empty());
+    enroll("sys_openta", None).code(2).stdout(is_empty());
 }
 
 #[test]

@@ -1,15 +1,15 @@
 //! `xftrace enroll`.
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{bail, Context as _};
 
+use super::ftrace_names::ftrace_names;
 use super::{hook, out, Context, Exit};
 use crate::cli::args::EnrollArgs;
 use crate::detect::{Store, StoreError};
 use crate::kernel::stock::command_line;
-use crate::kernel::Symbols;
 use crate::libvirt::connection::{Connection, Domain, Mode};
 use crate::libvirt::enrolment::{advice, untraceable};
 use crate::libvirt::run_dir::RunDir;
@@ -33,7 +33,8 @@ pub(super) fn run(context: &Context, args: &EnrollArgs) -> anyhow::Result<Exit> 
     wanted.integrity_interval = args.integrity_interval;
 
     if args.plain {
-        let names = ftrace_names(&args.functions, wanted.symbols.as_deref());
+        let store = context.config()?.paths.symbols;
+        let names = ftrace_names(&args.functions, wanted.symbols.as_deref(), &store)?;
         wanted.cmdline = Some(command_line(&names));
     }
 
@@ -108,21 +109,6 @@ pub(super) fn run(context: &Context, args: &EnrollArgs) -> anyhow::Result<Exit> 
     }
     writeln!(out, "Undo: xftrace unenroll {name}")?;
     Ok(Exit::Done)
-}
-
-/// The functions as Ftrace in the guest knows them: by the symbols where these
-/// are named and there, and else by how x86-64 calls its system calls.
-fn ftrace_names(typed: &[String], symbols: Option<&Path>) -> Vec<String> {
-    let symbols = symbols.and_then(|path| Symbols::load(path).ok());
-    let full = |typed: &String| {
-        let found = symbols.as_ref().map(|all| all.resolve_function(typed));
-        match found {
-            Some(Ok(found)) => found.name.clone(),
-            _ if typed.starts_with("sys_") => format!("__x64_{typed}"),
-            _ => typed.clone(),
-        }
-    };
-    typed.iter().map(full).collect()
 }
 
 /// The file of symbols as it goes into the metadata.

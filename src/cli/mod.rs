@@ -21,6 +21,7 @@ mod client;
 mod doctor;
 mod enroll;
 mod follow;
+mod ftrace_names;
 mod helper;
 mod hook;
 mod image;

@@ -63,6 +63,10 @@ pub struct EnrollArgs {
     /// kernel directly (os/kernel in its XML), that goes on its command line; else it
     /// is printed, to be put there inside the guest. The records are not keyed
     /// and prove nothing against root in the guest.
+    ///
+    /// The functions are looked up in the kernel's symbols first (--symbols, or those
+    /// that were added with 'xftrace symbols add'): a kernel that is booted with a name
+    /// that it does not have records every function.
     #[arg(long, requires = "functions")]
     pub plain: bool,
 
