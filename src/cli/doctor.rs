@@ -8,6 +8,7 @@
 
 mod domain;
 mod host;
+mod plain;
 
 use std::io::Write;
 

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::{bail, Context as _};
 
 use super::ftrace_names::ftrace_names;
-use super::{hook, out, Context, Exit};
+use super::{guest_boot, hook, out, Context, Exit};
 use crate::cli::args::EnrollArgs;
 use crate::detect::{Store, StoreError};
 use crate::kernel::stock::command_line;
@@ -81,9 +81,12 @@ pub(super) fn run(context: &Context, args: &EnrollArgs) -> anyhow::Result<Exit> 
     if let (Some(cmdline), None) = (&wanted.cmdline, &trace.cmdline) {
         writeln!(
             out,
-            "It boots no kernel directly: put this on its kernel's command line inside the guest \
-             (GRUB_CMDLINE_LINUX in /etc/default/grub, then update-grub):\n  {cmdline}"
+            "It boots no kernel directly: its kernel's command line has to end with this:\n  \
+             {cmdline}\nTo have it there:"
         )?;
+        for line in guest_boot::commands(cmdline).lines() {
+            writeln!(out, "  {line}")?;
+        }
     }
     if domain.is_active()? {
         let live = domain.live()??;

@@ -22,6 +22,7 @@ mod doctor;
 mod enroll;
 mod follow;
 mod ftrace_names;
+mod guest_boot;
 mod helper;
 mod hook;
 mod image;

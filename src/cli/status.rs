@@ -165,8 +165,7 @@ fn print(out: &mut impl Write, status: &Status) -> std::io::Result<()> {
             symbols,
             mode,
             rivals,
-            cannot,
-            ..
+            plain,
         } => {
             writeln!(out, "  kernel   {banner}")?;
             writeln!(out, "           slide {slide:#x}, {levels}-level paging, last sign of life {silent_ms} ms ago")?;
@@ -175,7 +174,7 @@ fn print(out: &mut impl Write, status: &Status) -> std::io::Result<()> {
             if let Some(why) = rivals {
                 writeln!(out, "           not trusted: {why}")?;
             }
-            if let Some(why) = cannot {
+            if let Some(why) = plain.as_ref().and_then(|plain| plain.cannot.as_ref()) {
                 writeln!(out, "           cannot be traced as it is: {why}")?;
             }
         }

@@ -12,13 +12,13 @@ use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 
 use crate::config::Config;
 use crate::detect::Store;
-use crate::kernel::stock::command_line;
 use crate::libvirt::enrolment::Enrolment;
 use crate::libvirt::live::LiveXml;
 use crate::libvirt::run_dir::RunDir;
 use crate::libvirt::xml::DomainXml;
-use crate::session::{domain_dir, DomainFindings, EndReason, Finding, FindingKind, Meta, Mode};
+use crate::session::{domain_dir, DomainFindings, EndReason, Finding, FindingKind, Meta};
 
+use super::booted::BootLook;
 use super::graphs::Graphs;
 use super::notify::Notifier;
 use super::patrol::{Orders, Patrol};
@@ -83,6 +83,7 @@ pub(super) struct Engine {
     pub(super) start_done: bool,
     /// A kernel was found and not yet seen to.
     pub(super) boot_due: bool,
+    boot_look: BootLook,
     pub(super) last_session: Option<PathBuf>,
     pub(super) said: RateLimit,
     /// For what is said of a guest that comes and goes.
@@ -158,6 +159,7 @@ impl Engine {
             told_off: [None; 2],
             start_done: false,
             boot_due: false,
+            boot_look: BootLook::default(),
             last_session: None,
             said: RateLimit::new(3, Duration::from_secs(60)),
             boots_said: RateLimit::new(10, Duration::from_secs(60)),
@@ -395,35 +397,17 @@ impl Engine {
         Ok(())
     }
 
-    /// What the guest has to be booted with for the functions that the domain
-    /// is enrolled with, and why these could not be traced as it is now.
-    fn boot_needs(&self, guest: &super::watch::Guest) -> (Option<String>, Option<String>) {
-        let (Mode::Plain, Some(enrolment)) = (guest.link.mode(), &self.enrolment) else {
-            return (None, None);
-        };
-        let full = |name: &String| {
-            let found = guest.symbols.resolve_function(name);
-            found.map_or_else(|_| name.clone(), |found| found.name)
-        };
-        let functions: Vec<String> = enrolment.functions.iter().map(full).collect();
-        let why = match &self.trace {
-            Some(_) => None,
-            None => guest
-                .link
-                .refuses(&*self.attached.ram, &guest.symbols, &functions),
-        };
-        let needs = command_line(&functions);
-        (
-            Some(needs),
-            why.map(|why| format!("{:#}", anyhow::Error::from(why))),
-        )
-    }
-
     pub(super) fn publish(&mut self) {
         self.status_at = Instant::now();
+        let functions = self.enrolment.as_ref().map(|wanted| &*wanted.functions);
         let guest = match &self.watch.guest {
             Some(guest) => {
-                let (command_line, cannot) = self.boot_needs(guest);
+                let plain = functions.and_then(|functions| {
+                    let traced = self.trace.is_some();
+                    let ram = &*self.attached.ram;
+                    let told = self.boot_look.told(ram, guest, functions, traced);
+                    told.map(Box::new)
+                });
                 GuestStatus::Alive {
                     banner: guest.kernel.banner.trim_end().escape_debug().to_string(),
                     symbols: guest.symbols_path.clone(),
@@ -432,8 +416,7 @@ impl Engine {
                     silent_ms: self.watch.silent().as_millis() as u64,
                     mode: guest.link.mode(),
                     rivals: self.watch.rivals().map(ToString::to_string),
-                    cannot,
-                    command_line,
+                    plain,
                 }
             }
             None => GuestStatus::Searching {

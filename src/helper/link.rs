@@ -157,7 +157,7 @@ impl Link {
             Self::Keyed(_) => None,
             Self::Plain(stock) => stock
                 .tracing(ram, functions)
-                .and_then(|_| stock.require(ram, symbols, functions))
+                .and_then(|_| stock.functions(ram, symbols)?.require(functions))
                 .err(),
         }
     }

@@ -23,6 +23,7 @@
 //! guest's end is its own.
 
 mod attach;
+mod booted;
 mod boots;
 mod candidates;
 mod clocks;

@@ -131,12 +131,37 @@ pub enum GuestStatus {
         mode: Mode,
         /// Why it may not be the one that runs.
         rivals: Option<String>,
-        /// Why the functions that the domain is enrolled with cannot be traced
-        /// as it is booted.
-        cannot: Option<String>,
-        /// In plain mode: what to boot it with for these functions.
-        command_line: Option<String>,
+        /// In plain mode, how it is booted; none in a domain that is not enrolled.
+        plain: Option<Box<PlainBoot>>,
     },
+}
+
+/// How a guest without the patch is booted.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PlainBoot {
+    /// Where it records, if the functions that the domain is enrolled with can be
+    /// traced.
+    pub ring: Option<PlainRing>,
+    /// Why they cannot.
+    pub cannot: Option<String>,
+    /// What to boot it with for these functions.
+    pub command_line: String,
+    /// The same for a ring buffer in memory that is reserved at boot, and what to type
+    /// in the guest then; none where its kernel cannot have that.
+    pub reserved: Option<(String, String)>,
+}
+
+/// The ring buffer that a guest without the patch records into.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PlainRing {
+    /// The name of its instance, escaped; none of the global one.
+    pub instance: Option<String>,
+    /// Whether it lies in memory that was reserved at boot.
+    pub reserved: bool,
+    /// The first CPU's size, KiB.
+    pub kb: u64,
+    /// Which functions it has the calls of, for people.
+    pub functions: String,
 }
 
 /// How the kernel in the guest's memory is checked.

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use xftrace::kernel::stock::command_line;
+use xftrace::kernel::stock::{command_line, reserved_command_line};
 use xftrace::kernel::Symbols;
 use xftrace::session::{list, Mode, Session};
 use xftrace::symfiles::Known;
@@ -35,15 +35,10 @@ type Line = (usize, String);
 fn ring(row: &Row) -> (String, String, String) {
     match row.ring {
         Ring::Global => (String::new(), TRACING.to_owned(), "true".to_owned()),
-        // In memory that is reserved at boot, which 6.12 can have.
+        // In memory that is reserved at boot, which 6.12 can have: as `doctor` says.
         Ring::BootMapped => {
-            let boot = format!(
-                "ftrace_graph_filter={} reserve_mem=24M:4096:xf trace_instance=xf@xf",
-                FUNCTIONS.join(",")
-            );
-            let instance = format!("{TRACING}/instances/xf");
-            let set = format!("echo function_graph > {instance}/current_tracer");
-            (boot, instance, set)
+            let (boot, set) = reserved_command_line(&FUNCTIONS);
+            (boot, format!("{TRACING}/instances/xf"), set.to_owned())
         }
     }
 }
@@ -93,8 +88,15 @@ pub(crate) fn same_lines(row: &Row) {
         .output()
         .expect("what is missing");
     let doctor = String::from_utf8_lossy(&doctor.stdout).into_owned();
-    let needs = format!("booted with what that takes: {}", command_line(&FUNCTIONS));
-    assert!(doctor.contains(&needs), "{doctor}");
+    let traced = match row.ring {
+        Ring::Global => "the global ring buffer (",
+        Ring::BootMapped => "the ring buffer of instance 'xf', in memory reserved at boot (",
+    };
+    let traced = format!(
+        "booted with what that takes: calls of {}, {} go to {traced}",
+        FUNCTIONS[1], FUNCTIONS[0]
+    );
+    assert!(doctor.contains(&traced), "{doctor}");
 
     // What plain mode cannot do, it refuses with what to do instead.
     let other = xftrace(&["on", "-d", name, "sys_write"]).assert().failure();

@@ -92,7 +92,7 @@ fn definition(config: &Config, xml: &DomainXml, name: &str, report: &mut Report)
 }
 
 /// Has the domain's QEMU start anew.
-fn restart(name: &str) -> String {
+pub(super) fn restart(name: &str) -> String {
     format!("virsh shutdown {name}\nvirsh start {name}    (once it is off)")
 }
 
@@ -204,8 +204,7 @@ fn kernel(status: &Status, live: &DomainXml, name: &str, report: &mut Report) {
             banner,
             symbols,
             mode: Mode::Plain,
-            cannot,
-            command_line,
+            plain,
             ..
         } => {
             report.ok(format!("symbols {}", symbols.display()));
@@ -213,13 +212,8 @@ fn kernel(status: &Status, live: &DomainXml, name: &str, report: &mut Report) {
                 "its kernel has no xftrace patch, mode {}: {banner}",
                 Mode::Plain.text()
             ));
-            let needs = command_line.clone().unwrap_or_default();
-            match cannot {
-                Some(why) => report.missing(
-                    format!("what a kernel without the patch is booted with: {why}"),
-                    boot_with(&needs, live, name),
-                ),
-                None => report.ok(format!("it is booted with what that takes: {needs}")),
+            if let Some(boot) = plain {
+                super::plain::check(boot, live, name, report);
             }
         }
         GuestStatus::Searching { why } => report.missing(
@@ -231,27 +225,6 @@ fn kernel(status: &Status, live: &DomainXml, name: &str, report: &mut Report) {
             ),
         ),
     }
-}
-
-/// Has the guest's kernel booted with this, where the domain boots it directly,
-/// and else tells what to do inside the guest.
-fn boot_with(needs: &str, live: &DomainXml, name: &str) -> String {
-    if live.boots_kernel {
-        let functions = live.trace.as_ref().map(|trace| trace.functions.join(","));
-        let functions = functions.filter(|names| !names.is_empty());
-        let functions = functions.unwrap_or_else(|| "FUNCTION,..".to_owned());
-        return format!(
-            "xftrace enroll {name} --functions {functions} --plain    (puts {needs} on its \
-             command line)\n{}",
-            restart(name)
-        );
-    }
-    // A kernel parameter has no character that sed would take for its own.
-    format!(
-        "sed -i 's/^GRUB_CMDLINE_LINUX=\"/&{needs} /' /etc/default/grub    (inside the guest, as \
-         root; the domain boots no kernel directly)\nupdate-grub && reboot    (inside the guest \
-         too; grub2-mkconfig -o /boot/grub2/grub.cfg where there is no update-grub)"
-    )
 }
 
 /// Whether there are symbols at all. Which ones belong to the guest's
@@ -288,55 +261,5 @@ fn take_symbols(live: &DomainXml, name: &str) -> String {
             restart(name)
         ),
         None => format!("xftrace symbols add FILE    {what}"),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn domain(os: &str, functions: &str) -> DomainXml {
-        let text = format!(
-            "<domain type='qemu'><name>web1</name>\
-             <uuid>9a3f1c50-7f1e-4f0e-8f5e-0123456789ab</uuid><memory>1024</memory>\
-             <os>{os}</os><metadata><x:trace xmlns:x='urn:xftrace:domain:1.0' {functions}/>\
-             </metadata></domain>"
-        );
-        DomainXml::parse(&text).unwrap()
-    }
-
-    #[test]
-    fn what_a_stock_kernel_is_booted_with_goes_where_it_is_booted_from() {
-        let direct = "<kernel>/boot/vmlinuz</kernel>";
-        let said = boot_with("ftrace=function_graph", &domain(direct, ""), "web1");
-        let enroll = "xftrace enroll web1 --functions FUNCTION,.. --plain    (puts \
-                      ftrace=function_graph on its command line)\n";
-        assert!(said.starts_with(enroll), "{said}");
-        let functions = "functions='sys_read, sys_openat'";
-        let said = boot_with("x", &domain(direct, functions), "web1");
-        assert!(said.contains(" --functions sys_read,sys_openat "), "{said}");
-
-        let said = boot_with(
-            "ftrace=function_graph x=a,b",
-            &domain("", functions),
-            "web1",
-        );
-        let (typed, _) = said.split_once("    (").unwrap();
-        assert!(!said.contains("xftrace enroll"), "{said}");
-        assert!(said.contains("update-grub && reboot"), "{said}");
-
-        // Typed, it does what it should.
-        let dir = tempfile::tempdir().unwrap();
-        let grub = dir.path().join("grub");
-        std::fs::write(&grub, "GRUB_TIMEOUT=5\nGRUB_CMDLINE_LINUX=\"quiet\"\n").unwrap();
-        let typed = typed.replace("/etc/default/grub", grub.to_str().unwrap());
-        let status = std::process::Command::new("sh")
-            .args(["-c", &typed])
-            .status();
-        assert!(status.unwrap().success(), "{typed}");
-        assert_eq!(
-            std::fs::read_to_string(&grub).unwrap(),
-            "GRUB_TIMEOUT=5\nGRUB_CMDLINE_LINUX=\"ftrace=function_graph x=a,b quiet\"\n"
-        );
     }
 }

@@ -3,14 +3,41 @@
 /// The size of each CPU's ring that is proposed: at 68 MB of records a second
 /// it lasts 120 ms, and the helper reads every 3 ms.
 const BUFFER: &str = "8M";
+/// The size of all CPUs' rings together where they lie in memory reserved at boot.
+const RESERVED: &str = "24M";
+/// Stands for functions that nobody has named yet. Without a name, or with none that
+/// the kernel has, it would record all of its functions.
+const FUNCTIONS: &str = "FUNCTION,..";
 
 /// The kernel parameters (Documentation/admin-guide/kernel-parameters.txt)
 /// that have a stock kernel record calls of `functions`, by the names that
-/// Ftrace knows, from its start on.
+/// Ftrace knows, from its start on. Where there are none, a word in capitals stands
+/// for them, which whoever reads this is to replace.
 pub fn command_line<S: AsRef<str>>(functions: &[S]) -> String {
-    let names: Vec<&str> = functions.iter().map(AsRef::as_ref).collect();
     format!(
-        "ftrace=function_graph ftrace_graph_filter={} trace_buf_size={BUFFER}",
-        names.join(",")
+        "ftrace=function_graph {} trace_buf_size={BUFFER}",
+        filter(functions)
     )
+}
+
+/// The same for a ring buffer in memory that is reserved at boot: the parameters, and
+/// what is to be typed in the guest once it has booted, since no parameter sets the
+/// tracer of an instance.
+pub fn reserved_command_line<S: AsRef<str>>(functions: &[S]) -> (String, &'static str) {
+    (
+        format!(
+            "{} reserve_mem={RESERVED}:4096:xf trace_instance=xf@xf",
+            filter(functions)
+        ),
+        "echo function_graph > /sys/kernel/tracing/instances/xf/current_tracer",
+    )
+}
+
+fn filter<S: AsRef<str>>(functions: &[S]) -> String {
+    let names: Vec<&str> = functions.iter().map(AsRef::as_ref).collect();
+    let names = match names.as_slice() {
+        [] => FUNCTIONS.to_owned(),
+        names => names.join(","),
+    };
+    format!("ftrace_graph_filter={names}")
 }

@@ -25,6 +25,7 @@
 //! What is read here is the guest's word throughout. Plain mode proves nothing
 //! against whoever is root in the guest.
 
+mod booted;
 mod command_line;
 mod layout;
 mod rings;
@@ -38,7 +39,8 @@ use crate::ram::{Gpa, GuestRam, RamError};
 use super::btf::{Btf, BtfError};
 use super::{Gva, Kernel, Symbols, WalkError};
 
-pub use command_line::command_line;
+pub use booted::Booted;
+pub use command_line::{command_line, reserved_command_line};
 pub use layout::{CallFormat, GraphFormat, ReturnFormat, Slot};
 pub use rings::TraceArray;
 
@@ -114,13 +116,22 @@ pub enum StockError {
     /// It traces other functions than those asked for.
     #[error(
         "without the xftrace patch a guest traces the functions that it was booted with, which \
-         are {booted}; to trace these, boot it with '{command_line}' on its kernel command line"
+         are {booted}; to trace others, boot it with '{command_line}' on its kernel command line"
     )]
     OtherFunctions {
         /// What it traces.
         booted: String,
         /// What to boot it with.
         command_line: String,
+    },
+    /// Memory that the host has swapped out, most likely.
+    #[error(
+        "{what} could not be read in the guest's memory within {} ms: is the host short of memory?",
+        rings::BUDGET.as_millis()
+    )]
+    TooSlow {
+        /// What was to be read.
+        what: &'static str,
     },
     /// A pointer of the guest leads nowhere.
     #[error("the guest's tracing structures cannot be followed: {what} at {at} leads nowhere")]
@@ -162,6 +173,8 @@ pub struct Stock {
     filter: Gva,
     /// How its function-graph records look.
     pub format: GraphFormat,
+    /// Whether a ring buffer may lie in memory that is reserved at boot by name.
+    pub can_reserve: bool,
 }
 
 impl Stock {
@@ -203,8 +216,11 @@ impl Stock {
         if secrets.is_empty() {
             return Err(StockError::NoBootId);
         }
+        // reserve_mem= (mm/memblock.c), which trace_instance= takes the name of.
+        let reserves = symbols.address("reserve_mem_find_by_name").is_some();
         let mut stock = Self {
             kernel: kernel.clone(),
+            can_reserve: reserves && offsets.ring.range_start.is_some(),
             format: GraphFormat::of(&btf)?,
             offsets: Arc::new(offsets),
             secrets,

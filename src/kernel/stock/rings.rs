@@ -1,20 +1,21 @@
 //! From the list of trace arrays to the ring buffer that is recorded into.
 
-use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
 
 use crate::ram::{Gpa, GuestRam, PAGE_SIZE};
 
 use super::super::control::RingLayout;
 use super::super::escape::escape;
-use super::super::{Gva, Symbols};
+use super::super::Gva;
 use super::{command_line, lost, Stock, StockError, RB_BUFFER_OFF};
 
 /// A ring of less, for each CPU, is written over between two looks.
 pub(super) const SMALLEST_KB: u64 = 64;
-/// How many trace arrays, buckets and functions are looked at.
+/// How many trace arrays are looked at.
 const MAX_ARRAYS: usize = 64;
-const MAX_BUCKETS: u64 = 1 << 12;
-const MAX_FUNCTIONS: usize = 4096;
+/// How long the list of them, and the table of functions, may take each. They take some
+/// milliseconds, and longer in memory that the host has swapped out.
+pub(super) const BUDGET: Duration = Duration::from_millis(200);
 /// CONFIG_NR_CPUS goes up to 8192 on x86-64.
 const MAX_CPUS: u32 = 8192;
 /// A sub-buffer is at most so many times twice a page.
@@ -69,18 +70,23 @@ impl Stock {
     /// # Errors
     /// If the list itself cannot be followed.
     pub fn arrays(&self, ram: &dyn GuestRam) -> Result<Vec<TraceArray>, StockError> {
+        const WHAT: &str = "the list of trace arrays";
+        let begun = Instant::now();
         let mut arrays = Vec::new();
-        let mut node = Gva(self.load(ram, self.arrays, "the list of trace arrays")?);
+        let mut node = Gva(self.load(ram, self.arrays, WHAT)?);
         for _ in 0..MAX_ARRAYS {
             if node == self.arrays {
                 break;
+            }
+            if begun.elapsed() > BUDGET {
+                return Err(StockError::TooSlow { what: WHAT });
             }
             let at = Gva(node.0.wrapping_sub(self.offsets.array.list.into()));
             // An instance that is just being made or removed is passed over.
             if let Ok(array) = self.array(ram, at) {
                 arrays.push(array);
             }
-            node = Gva(self.load(ram, node, "the list of trace arrays")?);
+            node = Gva(self.load(ram, node, WHAT)?);
         }
         Ok(arrays)
     }
@@ -158,21 +164,23 @@ impl Stock {
         self.text(ram, name)
     }
 
-    /// Text of the guest: bounded, and escaped.
+    /// Text of the guest: bounded, and escaped. Copied at once, or, where a page ends
+    /// in it, in two parts, for the text may be the last before what is not mapped.
     fn text(&self, ram: &dyn GuestRam, at: Gva) -> Result<String, StockError> {
-        let mut bytes = Vec::new();
-        while bytes.len() < NAME_LENGTH {
-            let mut byte = [0];
-            let from = plus(at, bytes.len() as u32);
-            self.kernel
-                .read(ram, from, &mut byte)
-                .map_err(lost("a name", from))?;
-            if byte == [0] {
-                break;
-            }
-            bytes.extend(byte);
+        let mut bytes = [0; NAME_LENGTH];
+        let here = PAGE_SIZE - at.0 % PAGE_SIZE;
+        let (first, second) = bytes.split_at_mut(NAME_LENGTH.min(here as usize));
+        let read = |from, part: &mut [u8]| {
+            let read = self.kernel.read(ram, from, part);
+            read.map_err(lost("a name", from))
+        };
+        read(at, first)?;
+        if !first.contains(&0) && !second.is_empty() {
+            read(at.wrapping_add(here), second)?;
         }
-        Ok(escape(&bytes))
+        Ok(escape(
+            bytes.split(|&byte| byte == 0).next().unwrap_or_default(),
+        ))
     }
 
     /// The trace array that function_graph records into; of several, one in
@@ -219,68 +227,8 @@ impl Stock {
         let buffer = Gva(self.load(ram, pointer, "a trace buffer")?);
         Ok(buffer == array.ring.buffer && self.tracer(ram, array.at)? == array.tracer)
     }
-
-    /// The functions that function_graph follows, as `set_graph_function`
-    /// has them; none means all.
-    ///
-    /// # Errors
-    /// If the kernel's table of them cannot be followed.
-    pub fn functions(
-        &self,
-        ram: &dyn GuestRam,
-        symbols: &Symbols,
-    ) -> Result<BTreeSet<String>, StockError> {
-        const WHAT: &str = "the table of functions to trace";
-        let offsets = &self.offsets.hash;
-        let hash = Gva(self.load(ram, self.filter, WHAT)?);
-        let bits = self.load(ram, plus(hash, offsets.size_bits), WHAT)?;
-        let buckets = Gva(self.load(ram, plus(hash, offsets.buckets), WHAT)?);
-        let count = 1u64.checked_shl(bits.min(64) as u32).unwrap_or(u64::MAX);
-        let mut names = BTreeSet::new();
-        if buckets.0 == 0 {
-            return Ok(names);
-        }
-        let mut left = MAX_FUNCTIONS;
-        for bucket in 0..count.min(MAX_BUCKETS) {
-            let slot = Gva(buckets.0.wrapping_add(8 * bucket));
-            let mut entry = Gva(self.load(ram, slot, WHAT)?);
-            while entry.0 != 0 && left > 0 {
-                left -= 1;
-                let ip = Gva(self.load(ram, plus(entry, offsets.ip), WHAT)?);
-                let name = symbols.lookup(self.kernel.link(ip));
-                names.insert(name.map_or_else(|| ip.to_string(), |(name, _)| name.to_owned()));
-                entry = Gva(self.load(ram, plus(entry, offsets.next), WHAT)?);
-            }
-        }
-        Ok(names)
-    }
-
-    /// Refuses functions other than those the guest was booted with.
-    ///
-    /// # Errors
-    /// [`StockError::OtherFunctions`], with what to boot it with.
-    pub fn require(
-        &self,
-        ram: &dyn GuestRam,
-        symbols: &Symbols,
-        functions: &[String],
-    ) -> Result<(), StockError> {
-        let booted = self.functions(ram, symbols)?;
-        if booted.iter().eq(functions.iter().collect::<BTreeSet<_>>()) {
-            return Ok(());
-        }
-        let booted = if booted.is_empty() {
-            "all of them".to_owned()
-        } else {
-            Vec::from_iter(booted).join(", ")
-        };
-        Err(StockError::OtherFunctions {
-            booted,
-            command_line: command_line(functions),
-        })
-    }
 }
 
-fn plus(at: Gva, offset: u32) -> Gva {
+pub(super) fn plus(at: Gva, offset: u32) -> Gva {
     at.wrapping_add(offset.into())
 }

@@ -242,15 +242,119 @@ fn other_functions_than_the_booted_ones_are_refused_with_what_to_boot() {
     let (stock, symbols) = (guest.attach().expect("a stock kernel"), guest.symbols());
     let require = |names: &[&str]| {
         let names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
-        stock.require(&guest.ram, &symbols, &names)
+        stock.functions(&guest.ram, &symbols)?.require(&names)
     };
     require(&["vfs_open", "vfs_read"]).expect("those it was booted with");
     let text = require(&["vfs_read"]).expect_err("one too few").to_string();
     assert!(text.contains("which are vfs_open, vfs_read;"), "{text}");
     assert!(text.contains("ftrace_graph_filter=vfs_read "), "{text}");
+    // Whoever has not said yet what is to be traced is content with some.
+    require(&[]).expect("some");
     guest.poke(HASH + 8, 0);
-    let text = require(&["vfs_read"]).expect_err("all").to_string();
-    assert!(text.contains("which are all of them"), "{text}");
+    for (wanted, filter) in [(&["vfs_read"][..], "vfs_read"), (&[], "FUNCTION,..")] {
+        let text = require(wanted).expect_err("all").to_string();
+        assert!(text.contains("which are all of them"), "{text}");
+        assert!(
+            text.contains(&format!("ftrace_graph_filter={filter} ")),
+            "{text}"
+        );
+    }
+}
+
+#[test]
+fn of_many_functions_some_are_named() {
+    let guest = Guest::new();
+    let (stock, symbols) = (guest.attach().expect("a stock kernel"), guest.symbols());
+    // A list of so many, in one bucket, from behind the symbols on.
+    let put = |many: u64| {
+        let entry = |number: u64| TEXT + 0x10_0000 + 32 * number;
+        guest.poke(HASH + 0x28, entry(0));
+        for number in 0..many {
+            let next = if number + 1 < many {
+                entry(number + 1)
+            } else {
+                0
+            };
+            guest.poke(entry(number), next);
+            guest.poke(entry(number) + 16, u64::MAX - number);
+        }
+        let booted = stock.functions(&guest.ram, &symbols).expect("a table");
+        let asked: Vec<String> = booted.names.iter().cloned().collect();
+        (booted.to_string(), booted.require(&asked).is_ok())
+    };
+    let (text, same) = put(10);
+    assert_eq!((text.matches(", ").count(), same), (9, true), "{text}");
+    let (text, same) = put(4096);
+    assert!(
+        text.len() < 300 && text.ends_with(" and 4086 more"),
+        "{text}"
+    );
+    assert!(same);
+    // Of what was not read, nobody knows that it is the same.
+    let (text, same) = put(4097);
+    assert!(
+        text.ends_with(" and more than 4086 others") && !same,
+        "{text}"
+    );
+}
+
+#[test]
+fn a_name_may_end_where_memory_ends_and_cross_a_page() {
+    let guest = Guest::new();
+    guest.poke(GLOBAL + 40, NOP);
+    let tracer = |at: u64, name: &[u8]| {
+        guest.poke(NOP, at);
+        guest.ram.poke(Gpa(at - MAP), name);
+        let stock = guest.attach().expect("a stock kernel");
+        let arrays = stock.arrays(&guest.ram).expect("a list");
+        arrays.into_iter().find(|array| array.name.is_none())
+    };
+    for (at, name) in [
+        (MAP + (8 << 20) - 15, &b"function_graph\0"[..]),
+        (TEXT + 0x10_0ff8, b"function_graph\0"),
+    ] {
+        let array = tracer(at, name).expect("the global one");
+        assert_eq!(array.tracer, "function_graph");
+    }
+    let long = tracer(TEXT + 0x10_0ff8, &[b'x'; 100]).expect("the global one");
+    assert_eq!(long.tracer, "x".repeat(64));
+    // Past the end of memory.
+    assert_eq!(tracer(MAP + (8 << 20) - 8, b"function"), None);
+}
+
+/// As memory is that the host has swapped out.
+#[test]
+fn slow_memory_is_not_waited_for() {
+    let mut guest = Guest::new();
+    let stock = guest.attach().expect("a stock kernel");
+    let symbols = guest.symbols();
+    guest.poke(HASH + 0x60, HASH + 0x60);
+    guest.poke(INSTANCE, INSTANCE);
+    guest.ram = guest.ram.with_hook(|_, gpa, _| {
+        if gpa.0 >= DATA - MAP {
+            std::thread::sleep(std::time::Duration::from_millis(2));
+        }
+    });
+    let table = stock.functions(&guest.ram, &symbols);
+    assert!(
+        matches!(table, Err(StockError::TooSlow { .. })),
+        "{table:?}"
+    );
+    let arrays = stock.arrays(&guest.ram);
+    assert!(
+        matches!(arrays, Err(StockError::TooSlow { .. })),
+        "{arrays:?}"
+    );
+}
+
+#[test]
+fn memory_can_be_reserved_where_the_kernel_has_both_halves_of_that() {
+    let mut guest = Guest::new();
+    assert!(!guest.attach().expect("a stock kernel").can_reserve);
+    guest
+        .symbols
+        .push_str(&format!("{:x} T reserve_mem_find_by_name\n", TEXT + 0x300));
+    assert!(guest.attach().expect("a stock kernel").can_reserve);
 }
 
 /// What is said of a kernel in which something is missing.
@@ -336,7 +440,8 @@ fn lists_in_circles_end() {
     let arrays = stock.arrays(&guest.ram).expect("a list");
     assert!(arrays.len() > 1 && arrays.iter().all(|array| array.name.is_some()));
     let functions = stock.functions(&guest.ram, &guest.symbols());
-    assert_eq!(functions.expect("a table").len(), 2);
+    let functions = functions.expect("a table");
+    assert_eq!((functions.names.len(), functions.whole), (2, false));
 }
 
 proptest! {
