@@ -106,9 +106,10 @@ impl ModuleHistory {
         looks.push(look);
     }
 
-    /// Whether there is no list at all.
+    /// Whether there is no list at all: none that could be read.
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        let mut looks = self.0.values().flatten();
+        !looks.any(|look| look.modules.is_some())
     }
 
     /// Whether code at a runtime address was a listed module's at that time of the
@@ -201,6 +202,17 @@ mod tests {
         assert_eq!(listed(init, 20), None);
         assert_eq!(listed(init, 22), Some(false));
         assert_eq!(history.listed(2, Gva(EXT4), 15 * SECOND), None);
+    }
+
+    #[test]
+    fn a_list_that_could_never_be_read_is_none() {
+        let mut history = ModuleHistory::default();
+        assert!(history.is_empty());
+        history.push(look(10, None));
+        assert!(history.is_empty());
+        history.push(look(20, Some(&[])));
+        history.push(look(30, None));
+        assert!(!history.is_empty());
     }
 
     #[test]
