@@ -65,16 +65,17 @@ impl Btf {
     /// # Errors
     /// [`BtfError::Unknown`] if the kernel has none.
     pub fn constant(&self, name: &str, constant: &str) -> Result<u32, BtfError> {
+        let mut budget = Budget(BUDGET);
         (1..=self.count())
             .filter_map(|id| self.record(id))
             .filter(|record| record.kind == kind::ENUM && self.is_named(record.name, name))
-            .find_map(|record| self.value(&record, constant))
+            .find_map(|record| self.value(&record, constant, &mut budget))
             .ok_or_else(|| BtfError::Unknown(format!("{constant} in its enum {name}")))
     }
 
-    fn value(&self, record: &Record, constant: &str) -> Option<u32> {
+    fn value(&self, record: &Record, constant: &str, budget: &mut Budget) -> Option<u32> {
         (0..record.count)
-            .map(|index| record.body + 8 * index)
+            .map_while(|index| budget.spend().map(|()| record.body + 8 * index))
             .find(|&at| {
                 self.word(at)
                     .is_some_and(|name| self.is_named(name, constant))

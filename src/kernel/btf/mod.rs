@@ -35,6 +35,9 @@ pub use lookup::{Field, Structure};
 /// Where the description ends and who must have made it up: Debian's kernels
 /// have 4 to 5 MB of it.
 const BYTES_LIMIT: u64 = 32 << 20;
+/// How many types there are at most, each of which every question looks at: Debian's
+/// kernels have 100,000 to 113,000.
+const TYPES_LIMIT: usize = 1 << 20;
 /// No structure that is asked for here is larger, nor has a field further in.
 pub const SIZE_LIMIT: u32 = 1 << 20;
 

@@ -1,6 +1,6 @@
 //! From bytes to an index of types.
 
-use super::{Btf, BtfError};
+use super::{Btf, BtfError, TYPES_LIMIT};
 
 /// `BTF_MAGIC`, and the one version there is.
 const MAGIC: u16 = 0xeb9f;
@@ -86,8 +86,9 @@ impl Btf {
             let body = body_size(&record).ok_or(bad("an unknown kind of type", at))?;
             let end = record.body.checked_add(body);
             let end = end.filter(|&end| end <= records.end);
-            let start = u32::try_from(at).map_err(|_| bad("too many types", at))?;
-            btf.types.push(start);
+            let start = u32::try_from(at).ok();
+            let start = start.filter(|_| btf.types.len() < TYPES_LIMIT);
+            btf.types.push(start.ok_or(bad("too many types", at))?);
             at = end.ok_or(bad("half a type", at))?;
         }
         Ok(btf)

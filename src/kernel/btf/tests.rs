@@ -146,6 +146,43 @@ fn circles_and_fans_end() {
 }
 
 #[test]
+fn more_types_and_values_than_any_kernel_has_are_not_looked_through() {
+    let head = |types: &[u8], names: &[u8]| {
+        let lengths = [
+            24,
+            0,
+            types.len() as u32,
+            types.len() as u32,
+            names.len() as u32,
+        ];
+        let words = std::iter::once(0x0001_eb9f).chain(lengths);
+        let head: Vec<u8> = words.flat_map(u32::to_le_bytes).collect();
+        Btf::parse([&head, types, names].concat())
+    };
+    // Structures without a member, one after the other.
+    let one: Vec<u8> = [0, kind::STRUCT << 24, 8]
+        .iter()
+        .flat_map(|word: &u32| word.to_le_bytes())
+        .collect();
+    head(&one.repeat(TYPES_LIMIT), b"\0").expect("as many as there may be");
+    let error = head(&one.repeat(TYPES_LIMIT + 1), b"\0").expect_err("one more");
+    assert!(error.to_string().contains("too many types"), "{error}");
+
+    // Enumerations of one name, whose values are none that is asked for.
+    let mut btf = Builder::new();
+    let (other, last) = (btf.name("OTHER"), btf.name("LAST"));
+    btf.add("few", kind::ENUM << 24 | 2, 4, &[other, 1, last, 2]);
+    for _ in 0..3 {
+        let values = [other, 1].repeat(10_000);
+        btf.add("many", kind::ENUM << 24 | 10_000, 4, &values);
+    }
+    btf.add("many", kind::ENUM << 24 | 1, 4, &[last, 2]);
+    let btf = btf.parse();
+    assert_eq!(btf.constant("few", "LAST").expect("a value"), 2);
+    btf.constant("many", "LAST").expect_err("too far behind");
+}
+
+#[test]
 fn impossible_sizes_and_offsets_are_refused() {
     let mut btf = Builder::new();
     let int = btf.int("int", 4);
