@@ -9,8 +9,11 @@
 //! of the kernel's own entries, the trampoline of registered ops, or that of a BPF
 //! program; what a trampoline calls, and every registered callback, must be the
 //! kernel's own. A callback in a module is a finding whoever's module it is: it
-//! can change where any function goes (`FTRACE_OPS_FL_IPMODIFY`).
+//! can change where any function goes (`FTRACE_OPS_FL_IPMODIFY`). Where the
+//! callback is a function of the kernel's that calls others (`dispatch.rs`), the
+//! same holds for these.
 
+use super::dispatch::{self, Callee};
 use super::finding::{Check, Finding, Report};
 use super::owner::{ftrace_ops, Owner, Owners};
 use super::text::{jump, TextReport, CALL};
@@ -19,8 +22,15 @@ use crate::kernel::Gva;
 
 /// `FTRACE_OPS_FL_IPMODIFY`, include/linux/ftrace.h.
 const IPMODIFY: u64 = 1 << 13;
-/// FGRAPH_ARRAY_SIZE, kernel/trace/fgraph.c from 6.11 on.
-const GRAPHS: u64 = 16;
+/// What Ftrace calls where it does not call a callback itself.
+const ALL_CALLBACKS: [&str; 4] = [
+    "ftrace_stub",
+    "ftrace_ops_list_func",
+    "arch_ftrace_ops_list_func",
+    "ftrace_ops_assist_func",
+];
+/// Where the kernel's own entries of Ftrace call (arch/x86/kernel/ftrace_64.S).
+const CALLS: [&str; 2] = ["ftrace_call", "ftrace_regs_call"];
 const WHAT: &str = "a callback of Ftrace's";
 
 /// Looks at Ftrace; `text` is what the comparison of the kernel's text came to.
@@ -35,14 +45,18 @@ pub(super) fn callbacks(
         return;
     }
     let mut looked_at = 0;
-    let done = registered(view, owners, report, &mut looked_at)
-        .and_then(|()| graphs(view, owners, report, &mut looked_at));
-    let mut doubt = done.err().map(|error| error.to_string());
+    let mut doubts = Vec::new();
+    if let Err(error) = registered(view, owners, report, &mut looked_at, &mut doubts) {
+        doubts.push(error.to_string());
+    }
+    if let Err(error) = super::graph::callbacks(view, owners, report, &mut looked_at) {
+        doubts.push(error.to_string());
+    }
     match text {
         Some(text) => called(view, owners, text, report),
-        None => doubt = doubt.or_else(|| Some("the kernel's text was not compared".to_owned())),
+        None => doubts.push("the kernel's text was not compared".to_owned()),
     }
-    report.done(Check::Ftrace, looked_at, doubt);
+    report.done(Check::Ftrace, looked_at, doubts.into_iter().next());
 }
 
 /// A callback that is not the kernel's.
@@ -69,20 +83,24 @@ fn judge(
     false
 }
 
-/// The registered callbacks, and what their trampolines call.
+/// The registered callbacks, whom these call further on, and what their trampolines
+/// call. One that cannot be followed leaves the others.
 fn registered(
     view: &View<'_>,
     owners: &Owners,
     report: &mut Report,
     looked_at: &mut u64,
+    doubts: &mut Vec<String>,
 ) -> Result<(), Obstacle> {
     let layout = view.btf()?.structure("ftrace_ops")?;
     let [func, flags, trampoline, size] = ["func", "flags", "trampoline", "trampoline_size"]
         .map(|name| layout.field(name).map(|field| u64::from(field.offset)));
     let (func, flags, trampoline, size) = (func?, flags?, trampoline?, size?);
+    let mut functions = Vec::new();
     for ops in ftrace_ops(view)? {
         *looked_at += 1;
         let function = view.pointer(ops.wrapping_add(func), WHAT)?;
+        functions.push(function);
         let flags = view.pointer(ops.wrapping_add(flags), WHAT)?.0;
         let name = view.name(ops);
         let modifies = match flags & IPMODIFY {
@@ -93,11 +111,84 @@ fn registered(
         if judge(view, owners, report, place, ops, function) {
             report.note(format!("Ftrace calls {} ({name})", view.name(function)));
         }
+        match dispatch::of_callback(view, ops, function) {
+            Ok(all) => further(view, owners, report, &name, &all),
+            Err(error @ Obstacle::TooMuch(_)) => return Err(error),
+            Err(error) => doubts.push(format!(
+                "whom {} ({name}) calls cannot be told: {error}",
+                view.name(function)
+            )),
+        }
         let start = view.pointer(ops.wrapping_add(trampoline), WHAT)?;
         let length = view.pointer(ops.wrapping_add(size), WHAT)?.0;
         if start.0 != 0 && length != 0 {
             through(view, owners, report, start, function)?;
         }
+    }
+    further(
+        view,
+        owners,
+        report,
+        "direct_functions",
+        &dispatch::direct(view)?,
+    );
+    entries(view, owners, report, &functions)
+}
+
+/// Whom the kernel's own functions call that callbacks are attached through.
+fn further(view: &View<'_>, owners: &Owners, report: &mut Report, of: &str, all: &[Callee]) {
+    for &(what, at, function) in all {
+        let place = format!("Ftrace's callback {of}: {what}");
+        let bpf = dispatch::runs_bpf(view, function);
+        if bpf {
+            report.add(Finding {
+                check: Check::Ftrace,
+                place,
+                address: at.0,
+                expected: "a function of the kernel's".to_owned(),
+                found: view.name(function),
+                owner: Some("a BPF program".to_owned()),
+            });
+        } else if judge(view, owners, report, place, at, function) {
+            report.note(format!(
+                "Ftrace calls {} ({of}: {what})",
+                view.name(function)
+            ));
+        }
+    }
+}
+
+/// What the kernel's own entries of Ftrace call: one of the registered functions, or
+/// what calls all of them.
+fn entries(
+    view: &View<'_>,
+    owners: &Owners,
+    report: &mut Report,
+    registered: &[Gva],
+) -> Result<(), Obstacle> {
+    let mut all = Vec::new();
+    if let Ok(at) = view.address("ftrace_trace_function") {
+        all.push(("ftrace_trace_function", at, view.pointer(at, WHAT)?));
+    }
+    for name in CALLS {
+        if let Ok(at) = view.address(name) {
+            let code = view.bytes(at, 5, WHAT)?;
+            let call = jump(at.0, &code).filter(|jump| jump.opcode == CALL);
+            all.extend(call.map(|call| (name, at, Gva(call.target))));
+        }
+    }
+    for (name, at, function) in all {
+        if registered.contains(&function) || view.is_one_of(function, &ALL_CALLBACKS) {
+            continue;
+        }
+        report.add(Finding {
+            check: Check::Ftrace,
+            place: format!("{name}, whom Ftrace calls"),
+            address: at.0,
+            expected: "a registered callback, or what calls all of them".to_owned(),
+            found: view.name(function),
+            owner: Some(owners.owner(view, function).to_string()),
+        });
     }
     Ok(())
 }
@@ -134,38 +225,6 @@ fn through(
         if target != function {
             let place = format!("the trampoline of Ftrace's at {start}");
             judge(view, owners, report, place, at, target);
-        }
-    }
-    Ok(())
-}
-
-/// Of function_graph from 6.11 on: `fgraph_array`. Before, the two pointers are
-/// variables that the kernel was built with (`data.rs`).
-fn graphs(
-    view: &View<'_>,
-    owners: &Owners,
-    report: &mut Report,
-    looked_at: &mut u64,
-) -> Result<(), Obstacle> {
-    let Ok(array) = view.address("fgraph_array") else {
-        return Ok(());
-    };
-    let layout = view.btf()?.structure("fgraph_ops")?;
-    let (entry, exit) = (
-        layout.field("entryfunc")?.offset,
-        layout.field("retfunc")?.offset,
-    );
-    for index in 0..GRAPHS {
-        let ops = view.pointer(array.wrapping_add(8 * index), WHAT)?;
-        if ops.0 == 0 {
-            continue;
-        }
-        *looked_at += 1;
-        for offset in [entry, exit] {
-            let at = ops.wrapping_add(offset.into());
-            let function = view.pointer(at, WHAT)?;
-            let place = format!("function_graph's callback {}", view.name(ops));
-            judge(view, owners, report, place, at, function);
         }
     }
     Ok(())

@@ -4,7 +4,7 @@
 //! vmlinuz -image-> what was built ---.
 //!                                    |-> text, data: byte by byte
 //! guest memory -view-> what is there-'
-//!                 `--> owner: whose is it?  -> interrupts, ftrace, probes, files, code
+//!                 `--> owner: whose is it?  -> interrupts, ftrace, kprobes, files, code
 //! ```
 //!
 //! Nothing has to be traced for that, and what is found was there before anybody
@@ -31,14 +31,19 @@
 
 mod code;
 mod data;
+mod dispatch;
 mod files;
 mod finding;
 mod ftrace;
+mod graph;
 mod image;
 mod interrupts;
+mod kprobes;
 mod owner;
-mod probes;
+#[cfg(test)]
+mod tests;
 mod text;
+mod tracepoints;
 mod view;
 
 pub use finding::{Check, Finding, Outcome, Report};
@@ -50,6 +55,7 @@ use crate::kernel::btf::Btf;
 use crate::kernel::{escape, Gva, Kernel, Symbols};
 use crate::ram::{GuestRam, RamError};
 
+use kprobes::Probes;
 use owner::Owners;
 use text::TextReport;
 use view::View;
@@ -139,13 +145,14 @@ pub fn check(
     let view = View::new(ram, kernel, symbols, trusted.btf.as_ref());
     let owners = Owners::of(&view);
     let mut report = Report::default();
-    let text = check_text(&view, trusted, &owners, &mut report);
+    let probes = Probes::of(&view);
+    let text = check_text(&view, trusted, &owners, &probes, &mut report);
     data::constants(&view, &trusted.image, &owners, &mut report);
     data::pointers(&view, &trusted.image, &owners, &mut report);
     interrupts::gates(&view, &owners, &mut report);
     ftrace::callbacks(&view, &owners, text.as_ref(), &mut report);
-    probes::kprobes(&view, &owners, &mut report);
-    probes::tracepoints(&view, &owners, &trusted.image, &mut report);
+    kprobes::handlers(&view, &owners, &probes, &mut report);
+    tracepoints::attached(&view, &owners, &trusted.image, &mut report);
     files::operations(&view, &owners, &mut report);
     code::unowned(&view, &owners, &mut report);
     // What was zeros because the file vanished is no verdict about the guest.
@@ -194,9 +201,10 @@ fn check_text(
     view: &View<'_>,
     trusted: &Trusted,
     owners: &Owners,
+    probes: &Probes,
     report: &mut Report,
 ) -> Option<TextReport> {
-    let compared = compare_text(view, trusted);
+    let compared = compare_text(view, trusted, owners, probes);
     match &compared {
         Ok(text) => {
             for change in &text.changes {
@@ -221,7 +229,14 @@ fn check_text(
     compared.ok()
 }
 
-fn compare_text(view: &View<'_>, trusted: &Trusted) -> Result<TextReport, String> {
+/// The text without what the kernel's own kprobes put into it. What these say was
+/// there before is compared like all else.
+fn compare_text(
+    view: &View<'_>,
+    trusted: &Trusted,
+    owners: &Owners,
+    probes: &Probes,
+) -> Result<TextReport, String> {
     let text = view.symbols.text();
     let length = text.end.0.saturating_sub(text.start.0);
     let room = usize::try_from(length).ok().filter(|_| length <= MAX_TEXT);
@@ -229,7 +244,10 @@ fn compare_text(view: &View<'_>, trusted: &Trusted) -> Result<TextReport, String
         room.ok_or_else(|| format!("the kernel's text has {length} bytes by its symbols"))?;
     // By the guest's page tables: what runs is what they lead to.
     let memory = view.bytes(view.kernel.runtime(text.start), room, "the kernel's text");
-    let memory = memory.map_err(|error| error.to_string())?;
+    let mut memory = memory.map_err(|error| error.to_string())?;
+    for place in &probes.places {
+        place.restore(view, owners, &mut memory);
+    }
     let variable = |link: Gva, width: usize| {
         let mut word = [0; 8];
         let bytes = word.get_mut(..width)?;

@@ -14,6 +14,8 @@ use crate::kernel::{modules, Gva, Module};
 
 /// What Ftrace's trampolines are called.
 pub(super) const FTRACE: &str = "a trampoline of Ftrace's";
+/// What instructions are called that kprobes moved, and code that was made for them.
+pub(super) const KPROBE: &str = "instructions that a kprobe moved";
 /// A page, of instructions that kprobes moved.
 const PAGE: u64 = 4096;
 /// PMD_SIZE: what BPF programs share, for each node (`bpf_prog_pack`,
@@ -67,12 +69,7 @@ pub(super) struct Owners {
 
 impl Owners {
     pub(super) fn of(view: &View<'_>) -> Self {
-        let mut owners = Self {
-            modules: Vec::new(),
-            made: Vec::new(),
-            code: Vec::new(),
-            doubts: Vec::new(),
-        };
+        let mut owners = Self::made(view);
         let listed = view
             .btf()
             .map_err(|error| error.to_string())
@@ -81,8 +78,19 @@ impl Owners {
             });
         match listed {
             Ok(modules) => owners.modules = modules,
-            Err(doubt) => owners.doubts.push(doubt),
+            Err(doubt) => owners.doubts.insert(0, doubt),
         }
+        owners.arranged()
+    }
+
+    /// The code that the kernel made.
+    fn made(view: &View<'_>) -> Self {
+        let mut owners = Self {
+            modules: Vec::new(),
+            made: Vec::new(),
+            code: Vec::new(),
+            doubts: Vec::new(),
+        };
         type List = fn(&View<'_>, &mut Vec<(Range<Gva>, String)>) -> Result<(), Obstacle>;
         // Each is there only in a kernel that is built with it.
         let lists: [(&str, List); 5] = [
@@ -100,11 +108,16 @@ impl Owners {
                 owners.doubts.push(error.to_string());
             }
         }
-        owners.made.sort_by_key(|(range, _)| range.start);
-        let made = owners.made.iter().map(|(range, _)| range);
-        let modules = owners.modules.iter().flat_map(|module| &module.code);
-        owners.code = joined(made.chain(modules).cloned().collect());
         owners
+    }
+
+    /// All in order, to be looked up.
+    fn arranged(mut self) -> Self {
+        self.made.sort_by_key(|(range, _)| range.start);
+        let made = self.made.iter().map(|(range, _)| range);
+        let modules = self.modules.iter().flat_map(|module| &module.code);
+        self.code = joined(made.chain(modules).cloned().collect());
+        self
     }
 
     /// Whether any of this is a module's code, or code that the kernel made.
@@ -211,10 +224,7 @@ fn probe_slots(view: &View<'_>, made: &mut Vec<(Range<Gva>, String)>) -> Result<
         };
         for page in view.list(cache.wrapping_add(pages.into()), list, WHAT)? {
             let start = view.pointer(page.wrapping_add(insns.into()), WHAT)?;
-            made.push((
-                range(start, PAGE),
-                "instructions that a kprobe moved".to_owned(),
-            ));
+            made.push((range(start, PAGE), KPROBE.to_owned()));
         }
     }
     Ok(())
@@ -267,6 +277,16 @@ fn real_mode(view: &View<'_>, made: &mut Vec<(Range<Gva>, String)>) -> Result<()
         made.push((range(start, length), "the code of real mode".to_owned()));
     }
     Ok(())
+}
+
+#[cfg(test)]
+impl Owners {
+    /// These modules, and what the guest has in its lists of code that it made.
+    pub(super) fn made_of(view: &View<'_>, modules: Vec<Module>) -> Self {
+        let mut owners = Self::made(view);
+        owners.modules = modules;
+        owners.arranged()
+    }
 }
 
 #[cfg(test)]

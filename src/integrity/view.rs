@@ -36,6 +36,9 @@ pub(super) enum Obstacle {
     /// There is more to read than any guest has.
     #[error("the guest's lists are longer than those of any kernel; stopped at {0}")]
     TooMuch(&'static str),
+    /// This kernel's lists of them are not known.
+    #[error("whom {0} call cannot be told: this kernel keeps them in other lists")]
+    Unfollowed(&'static str),
 }
 
 /// What the checks read from.
@@ -107,6 +110,19 @@ impl<'a> View<'a> {
         Ok(bytes)
     }
 
+    /// So many bytes.
+    pub(super) fn array<const N: usize>(
+        &self,
+        at: Gva,
+        what: &'static str,
+    ) -> Result<[u8; N], Obstacle> {
+        self.spend(what)?;
+        let mut bytes = [0; N];
+        let read = self.kernel.read(self.ram, at, &mut bytes);
+        read.map_err(|_| Obstacle::Lost(what, at))?;
+        Ok(bytes)
+    }
+
     /// A short text, escaped; what of it can be read.
     pub(super) fn text(&self, at: Gva) -> String {
         let mut text = Vec::new();
@@ -146,6 +162,13 @@ impl<'a> View<'a> {
     /// Whether a runtime address lies in the code of the kernel's image.
     pub(super) fn in_text(&self, at: Gva) -> bool {
         self.symbols.text().contains(&self.kernel.link(at))
+    }
+
+    /// Whether a runtime address is that of a function of the kernel's with one of
+    /// these names. Several functions may have one name.
+    pub(super) fn is_one_of(&self, at: Gva, names: &[&str]) -> bool {
+        let link = self.kernel.link(at);
+        self.in_text(at) && names.iter().any(|name| self.symbols.is_called(link, name))
     }
 
     /// Whether it lies in the kernel's constants, or in variables that are

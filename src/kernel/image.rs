@@ -108,3 +108,19 @@ impl Kernel {
         Ok(gpa)
     }
 }
+
+#[cfg(test)]
+impl Kernel {
+    /// One that runs where it was linked, with its image in one piece.
+    pub(crate) fn made_up(text: Gpa, link_text: Gva, span: u64, tables: PageTables) -> Self {
+        Self {
+            phys_text: text,
+            slide: 0,
+            banner: "Linux version 6.1".to_owned(),
+            levels: tables.levels,
+            tables,
+            link_text,
+            span,
+        }
+    }
+}

@@ -4,14 +4,14 @@ use super::parse::kind;
 use super::Btf;
 
 /// Builds BTF as a linker would.
-pub(in crate::kernel) struct Builder {
+pub(crate) struct Builder {
     types: Vec<u8>,
     names: Vec<u8>,
     count: u32,
 }
 
 impl Builder {
-    pub(in crate::kernel) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             types: Vec::new(),
             names: vec![0],
@@ -19,7 +19,7 @@ impl Builder {
         }
     }
 
-    pub(in crate::kernel) fn name(&mut self, name: &str) -> u32 {
+    pub(crate) fn name(&mut self, name: &str) -> u32 {
         if name.is_empty() {
             return 0;
         }
@@ -30,13 +30,7 @@ impl Builder {
     }
 
     /// Adds a type, and returns its id.
-    pub(in crate::kernel) fn add(
-        &mut self,
-        name: &str,
-        info: u32,
-        size_or_type: u32,
-        body: &[u32],
-    ) -> u32 {
+    pub(crate) fn add(&mut self, name: &str, info: u32, size_or_type: u32, body: &[u32]) -> u32 {
         let name = self.name(name);
         for word in [name, info, size_or_type].iter().chain(body) {
             self.types.extend(word.to_le_bytes());
@@ -45,12 +39,12 @@ impl Builder {
         self.count
     }
 
-    pub(in crate::kernel) fn int(&mut self, name: &str, size: u32) -> u32 {
+    pub(crate) fn int(&mut self, name: &str, size: u32) -> u32 {
         self.add(name, kind::INT << 24, size, &[8 * size])
     }
 
     /// Members by name, type, and offset in bits.
-    pub(in crate::kernel) fn compound(
+    pub(crate) fn compound(
         &mut self,
         kind: u32,
         name: &str,
@@ -64,7 +58,7 @@ impl Builder {
         self.add(name, kind << 24 | members.len() as u32, size, &body)
     }
 
-    pub(in crate::kernel) fn bytes(&self) -> Vec<u8> {
+    pub(crate) fn bytes(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
         bytes.extend(0x0001_eb9fu32.to_le_bytes());
         for word in [
@@ -81,19 +75,19 @@ impl Builder {
         bytes
     }
 
-    pub(in crate::kernel) fn parse(&self) -> Btf {
+    pub(crate) fn parse(&self) -> Btf {
         Btf::parse(self.bytes()).expect("BTF")
     }
 }
 
 impl Builder {
+    /// A structure, its members as for [`Builder::compound`].
+    pub(crate) fn structure(&mut self, name: &str, size: u32, members: &[(&str, u32, u32)]) {
+        self.compound(kind::STRUCT, name, size, members);
+    }
+
     /// A structure of words: each field's name, offset and size in bytes.
-    pub(in crate::kernel) fn words(
-        &mut self,
-        name: &str,
-        size: u32,
-        fields: &[(&str, u32, u32)],
-    ) -> u32 {
+    pub(crate) fn words(&mut self, name: &str, size: u32, fields: &[(&str, u32, u32)]) -> u32 {
         let members: Vec<_> = fields
             .iter()
             .map(|&(name, at, size)| (name, self.int("", size), 8 * at))

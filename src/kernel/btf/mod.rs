@@ -20,7 +20,7 @@
 //! include/uapi/linux/btf.h.
 
 #[cfg(test)]
-pub(super) mod build;
+pub(crate) mod build;
 mod lookup;
 pub(super) mod parse;
 #[cfg(test)]

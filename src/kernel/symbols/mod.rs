@@ -93,6 +93,12 @@ impl Symbols {
         Some(Gva(best.address))
     }
 
+    /// Whether a symbol of the kernel's image with this name is at this link-time
+    /// address: one of several, where several have the name.
+    pub fn is_called(&self, link: Gva, name: &str) -> bool {
+        self.named(name).any(|symbol| symbol.address == link.0)
+    }
+
     /// Like [`Symbols::address`], for the first of several names that exists:
     /// for what kernel versions call differently.
     pub fn address_of_any(&self, names: &[&str]) -> Option<Gva> {

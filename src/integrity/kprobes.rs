@@ -1,0 +1,293 @@
+//! Kprobes and kretprobes: functions that are called where an instruction of the
+//! kernel's is run, and where functions return.
+//!
+//! ```text
+//! kprobe_table -> kprobe -> pre_handler, post_handler
+//!                 (several at one place: aggr_pre_handler, and a list of them)
+//! ```
+//!
+//! The kernel's own tracers use them (perf, tracefs, BPF through them), and then the
+//! function is the kernel's: that is noted, but for a BPF program, which cannot be
+//! told from a hook. A function of a module, or of nobody, is found.
+//!
+//! A kprobe where Ftrace cannot call changes the kernel's text: a breakpoint, or a
+//! jump to code that was made for it. Where all handlers are the kernel's own, what
+//! the kprobe has kept of the text is put back before that is compared
+//! ([`Place::restore`]). So nothing is believed that is not in the image.
+
+use super::dispatch;
+use super::finding::{Check, Finding, Report};
+use super::owner::{Owner, Owners, KPROBE};
+use super::text::{jump, CALL};
+use super::view::{Obstacle, View, MAX_ENTRIES};
+use crate::kernel::Gva;
+
+/// `KPROBE_TABLE_SIZE`, kernel/kprobes.c.
+const BUCKETS: u64 = 64;
+const WHAT: &str = "a kprobe";
+/// `KPROBE_FLAG_OPTIMIZED`, include/linux/kprobes.h: it is an `optimized_kprobe`.
+const OPTIMIZED: u32 = 4;
+const INT3: u8 = 0xcc;
+const JUMP: u8 = 0xe9;
+
+/// A kprobe or a kretprobe.
+#[derive(Debug)]
+struct Probe {
+    /// Where its `struct kprobe` is.
+    kprobe: Gva,
+    is_return: bool,
+    /// The functions that it calls.
+    handlers: Vec<Gva>,
+}
+
+/// A place that is probed.
+#[derive(Debug)]
+pub(super) struct Place {
+    at: Gva,
+    /// The probe in the table, and those that it stands for.
+    probes: Vec<Probe>,
+    /// What the text has in place of the breakpoint.
+    opcode: u8,
+    /// What it has where the jump is, behind the opcode.
+    behind: Option<Jump>,
+}
+
+/// Of a kprobe that is a jump.
+#[derive(Debug)]
+struct Jump {
+    /// What was there.
+    bytes: [u8; 4],
+    /// Where it leads.
+    to: Gva,
+}
+
+/// Where things are in `struct kprobe` and `struct kretprobe`.
+struct Offsets {
+    hlist: u64,
+    list: u32,
+    addr: u64,
+    opcode: u64,
+    flags: u64,
+    handlers: [u64; 2],
+    /// Of a kretprobe, from its kprobe on.
+    returns: [u64; 2],
+    /// Of an optimized one, from its kprobe on: what it kept, and its code.
+    optimized: Option<[u64; 2]>,
+}
+
+impl Offsets {
+    fn of(view: &View<'_>) -> Result<Self, Obstacle> {
+        let btf = view.btf()?;
+        let (kprobe, kretprobe) = (btf.structure("kprobe")?, btf.structure("kretprobe")?);
+        let field = |name| kprobe.field(name).map(|field| u64::from(field.offset));
+        let inner = kretprobe.field("kp")?.offset;
+        let after = |name| {
+            let field = kretprobe.field(name)?;
+            Ok::<_, Obstacle>(u64::from(field.offset.saturating_sub(inner)))
+        };
+        // A kernel may be built without.
+        let optimized = btf
+            .structure("optimized_kprobe")
+            .ok()
+            .and_then(|optimized| {
+                let inner = optimized.field("kp").ok()?.offset;
+                let after = |name| {
+                    Some(u64::from(
+                        optimized.field(name).ok()?.offset.checked_sub(inner)?,
+                    ))
+                };
+                Some([after("optinsn.copied_insn")?, after("optinsn.insn")?])
+            });
+        Ok(Self {
+            hlist: field("hlist")?,
+            list: kprobe.field("list")?.offset,
+            addr: field("addr")?,
+            opcode: field("opcode")?,
+            flags: field("flags")?,
+            handlers: [field("pre_handler")?, field("post_handler")?],
+            returns: [after("handler")?, after("entry_handler")?],
+            optimized,
+        })
+    }
+}
+
+/// All places that are probed, as far as they can be listed.
+#[derive(Debug, Default)]
+pub(super) struct Probes {
+    pub(super) places: Vec<Place>,
+    doubt: Option<String>,
+}
+
+impl Probes {
+    /// Reads `kprobe_table`, which is not there in a kernel that is built without.
+    pub(super) fn of(view: &View<'_>) -> Self {
+        let mut probes = Self::default();
+        if view.symbols.address("kprobe_table").is_some() {
+            let done = table(view, &mut probes.places);
+            probes.doubt = done.err().map(|error| error.to_string());
+        }
+        probes
+    }
+}
+
+fn table(view: &View<'_>, places: &mut Vec<Place>) -> Result<(), Obstacle> {
+    const TABLE: &str = "the table of kprobes";
+    let offsets = Offsets::of(view)?;
+    let table = view.address("kprobe_table")?;
+    for bucket in 0..BUCKETS {
+        let mut node = view.pointer(table.wrapping_add(8 * bucket), TABLE)?;
+        while node.0 != 0 {
+            if places.len() >= MAX_ENTRIES {
+                return Err(Obstacle::Endless(TABLE));
+            }
+            let kprobe = Gva(node.0.wrapping_sub(offsets.hlist));
+            places.push(place(view, &offsets, kprobe)?);
+            node = view.pointer(node, TABLE)?;
+        }
+    }
+    Ok(())
+}
+
+fn place(view: &View<'_>, offsets: &Offsets, kprobe: Gva) -> Result<Place, Obstacle> {
+    let mut probes = vec![probe(view, offsets, kprobe)?];
+    let others = kprobe.wrapping_add(offsets.list.into());
+    for other in view.list(others, offsets.list, "the list of kprobes at one place")? {
+        probes.push(probe(view, offsets, other)?);
+    }
+    let flags = view.half(kprobe.wrapping_add(offsets.flags), WHAT)?;
+    let optimized = offsets.optimized.filter(|_| flags & OPTIMIZED != 0);
+    let behind = optimized.map(|[kept, code]| {
+        Ok::<_, Obstacle>(Jump {
+            bytes: view.array(kprobe.wrapping_add(kept), WHAT)?,
+            to: view.pointer(kprobe.wrapping_add(code), WHAT)?,
+        })
+    });
+    let [opcode] = view.array(kprobe.wrapping_add(offsets.opcode), WHAT)?;
+    Ok(Place {
+        at: view.pointer(kprobe.wrapping_add(offsets.addr), WHAT)?,
+        probes,
+        opcode,
+        behind: behind.transpose()?,
+    })
+}
+
+fn probe(view: &View<'_>, offsets: &Offsets, kprobe: Gva) -> Result<Probe, Obstacle> {
+    let mut handlers = Vec::new();
+    for offset in offsets.handlers {
+        handlers.push(view.pointer(kprobe.wrapping_add(offset), WHAT)?);
+    }
+    let is_return = handlers
+        .iter()
+        .any(|&handler| view.is_one_of(handler, &["pre_handler_kretprobe"]));
+    if is_return {
+        for offset in offsets.returns {
+            handlers.push(view.pointer(kprobe.wrapping_add(offset), WHAT)?);
+        }
+    }
+    handlers.retain(|handler| handler.0 != 0);
+    Ok(Probe {
+        kprobe,
+        is_return,
+        handlers,
+    })
+}
+
+impl Place {
+    /// Whether all that is called is the kernel's own.
+    fn is_own(&self, view: &View<'_>) -> bool {
+        let mut handlers = self.probes.iter().flat_map(|probe| &probe.handlers);
+        handlers.all(|&handler| view.in_text(handler))
+    }
+
+    /// Puts into the kernel's text what the kprobe took out of it, where that is all
+    /// that it did: a breakpoint, or a jump to its own code.
+    pub(super) fn restore(&self, view: &View<'_>, owners: &Owners, text: &mut [u8]) {
+        let link = view.kernel.link(self.at);
+        let within = usize::try_from(link.wrapping_sub(view.symbols.text().start));
+        let code = within.ok().and_then(|within| text.get_mut(within..));
+        let Some(code) = code.filter(|_| self.is_own(view)) else {
+            return;
+        };
+        match (code, &self.behind) {
+            ([first @ INT3, ..], _) => *first = self.opcode,
+            (code @ [JUMP, ..], Some(behind)) => {
+                let leads = jump(self.at.0, code).is_some_and(|jump| jump.target == behind.to.0);
+                if let Some([first, rest @ ..]) = code.first_chunk_mut::<5>() {
+                    if leads && calls_kprobes(view, owners, behind.to) {
+                        (*first, *rest) = (self.opcode, behind.bytes);
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Whether it is code that was made for a kprobe, and calls the kernel's function for
+/// that where the kernel has it do so (arch/x86/kernel/kprobes/opt.c).
+fn calls_kprobes(view: &View<'_>, owners: &Owners, code: Gva) -> bool {
+    let template = ["optprobe_template_entry", "optprobe_template_call"];
+    let [Ok(entry), Ok(call)] = template.map(|name| view.address(name)) else {
+        return false;
+    };
+    let at = code.wrapping_add(call.wrapping_sub(entry));
+    let called = view.array::<5>(at, WHAT).ok();
+    let called = called.and_then(|bytes| jump(at.0, &bytes));
+    owners.owner(view, code) == Owner::Made(KPROBE.to_owned())
+        && called.is_some_and(|jump| {
+            jump.opcode == CALL && view.is_one_of(Gva(jump.target), &["optimized_callback"])
+        })
+}
+
+/// Judges whom kprobes call.
+pub(super) fn handlers(view: &View<'_>, owners: &Owners, probes: &Probes, report: &mut Report) {
+    let mut doubt = probes.doubt.clone();
+    for place in &probes.places {
+        for probe in &place.probes {
+            if let Err(error) = judge(view, owners, place.at, probe, report) {
+                doubt.get_or_insert(error.to_string());
+            }
+        }
+    }
+    report.done(Check::Kprobes, probes.places.len() as u64, doubt);
+}
+
+fn judge(
+    view: &View<'_>,
+    owners: &Owners,
+    at: Gva,
+    probe: &Probe,
+    report: &mut Report,
+) -> Result<(), Obstacle> {
+    let kind = if probe.is_return {
+        "kretprobe"
+    } else {
+        "kprobe"
+    };
+    let place = format!("{kind} at {}", view.name(at));
+    let mut own = Vec::new();
+    for &handler in &probe.handlers {
+        let owner = match owners.owner(view, handler) {
+            Owner::Kernel(_) if dispatch::kprobe_runs_bpf(view, probe.kprobe, handler)? => {
+                "a BPF program".to_owned()
+            }
+            Owner::Kernel(name) => {
+                own.push(name);
+                continue;
+            }
+            owner => owner.to_string(),
+        };
+        report.add(Finding {
+            check: Check::Kprobes,
+            place: place.clone(),
+            address: at.0,
+            expected: "a function of the kernel's".to_owned(),
+            found: view.name(handler),
+            owner: Some(owner),
+        });
+    }
+    if !own.is_empty() {
+        report.note(format!("{place}, of the kernel's own: {}", own.join(", ")));
+    }
+    Ok(())
+}

@@ -1,0 +1,371 @@
+//! What is called through functions of the kernel's own.
+
+use super::super::finding::{Check, Report};
+use super::super::kprobes::{self, Probes};
+use super::super::text::TextReport;
+use super::super::{ftrace, graph, tracepoints, Image};
+use super::{found, Fake, DATA, HEAP, MODULES, NOBODYS, TEXT, THEIRS};
+
+const OPS: u64 = HEAP + 0x100;
+const MODULE: &str = "the module hook (+0x100)";
+const NOBODY: &str = "nobody in the guest's lists";
+
+/// A kernel with one callback of Ftrace's, whose function has this name.
+fn callback(function: &str) -> (Fake, u64) {
+    let mut guest = Fake::new();
+    let function = guest.function(function);
+    guest.symbol(DATA, 'D', "ftrace_ops_list");
+    guest.symbol(DATA + 8, 'D', "ftrace_list_end");
+    guest.layout(
+        "ftrace_ops",
+        &[
+            ("func", 0),
+            ("next", 8),
+            ("flags", 16),
+            ("saved_func", 24),
+            ("trampoline", 32),
+            ("trampoline_size", 40),
+            ("direct_call", 48),
+        ],
+    );
+    guest.put(DATA, OPS);
+    guest.put(OPS + 8, DATA + 8);
+    guest.put(OPS, function);
+    (guest, function)
+}
+
+fn look(guest: &Fake) -> Report {
+    guest.check(|view, owners, report| {
+        ftrace::callbacks(view, owners, Some(&TextReport::default()), report);
+    })
+}
+
+fn doubt(report: &Report) -> Option<&str> {
+    report.outcomes.first()?.doubt.as_deref()
+}
+
+#[test]
+fn what_an_fprobe_calls_is_looked_at() {
+    let (mut guest, _) = callback("fprobe_handler");
+    // Where an fprobe has its callback is described nowhere: it is not known.
+    let report = look(&guest);
+    assert_eq!(found(&report), []);
+    let why = doubt(&report).expect("a doubt");
+    assert!(why.contains("fprobe_handler"), "{why}");
+
+    let fields = [("ops", 8), ("entry_handler", 0x80), ("exit_handler", 0x88)];
+    guest.layout("fprobe", &fields);
+    let (own, bpf) = (
+        guest.function("fentry_dispatcher"),
+        guest.function("kprobe_multi_link_handler"),
+    );
+    let (entry, exit) = (OPS - 8 + 0x80, OPS - 8 + 0x88);
+    guest.put(entry, own);
+    let report = look(&guest);
+    assert_eq!((found(&report), doubt(&report)), (vec![], None));
+    assert!(report
+        .notes
+        .iter()
+        .any(|note| note.contains("fentry_dispatcher")));
+
+    guest.put(exit, THEIRS);
+    let report = look(&guest);
+    let place = format!("Ftrace's callback {OPS:#x}: return of an fprobe");
+    assert_eq!(found(&report), [(&*place, "0xffffffffc0000100", MODULE)]);
+
+    guest.put(exit, 0);
+    guest.put(entry, bpf);
+    let report = look(&guest);
+    let place = format!("Ftrace's callback {OPS:#x}: entry of an fprobe");
+    assert_eq!(
+        found(&report),
+        [(&*place, "kprobe_multi_link_handler", "a BPF program")]
+    );
+}
+
+#[test]
+fn a_live_patch_is_looked_at_whatever_lies_on_it() {
+    let (mut guest, _) = callback("klp_ftrace_handler");
+    guest.layout("klp_ops", &[("node", 0), ("func_stack", 16), ("fops", 32)]);
+    guest.layout("klp_func", &[("new_func", 8), ("stack_node", 64)]);
+    let stack = OPS - 32 + 16;
+    let (upper, lower) = (HEAP + 0x400, HEAP + 0x500);
+    for (at, to) in [(stack, upper), (upper, lower), (lower, stack)] {
+        guest.put(at, to);
+    }
+    let own = guest.function("patched");
+    guest.put(upper - 64 + 8, own);
+    assert_eq!(found(&look(&guest)), []);
+    guest.put(lower - 64 + 8, NOBODYS);
+    let place = format!("Ftrace's callback {OPS:#x}: live patch");
+    let report = look(&guest);
+    assert_eq!(found(&report), [(&*place, "0xffffffffc0002100", NOBODY)]);
+}
+
+#[test]
+fn commands_and_saved_functions_are_looked_at() {
+    let (mut guest, _) = callback("function_trace_probe_call");
+    guest.layout("ftrace_func_probe", &[("probe_ops", 0), ("ops", 8)]);
+    guest.layout("ftrace_probe_ops", &[("func", 0)]);
+    let own = guest.function("ftrace_traceon");
+    guest.put(OPS - 8, HEAP + 0x800);
+    guest.put(HEAP + 0x800, own);
+    assert_eq!(found(&look(&guest)), []);
+    guest.put(HEAP + 0x800, THEIRS);
+    let place = format!("Ftrace's callback {OPS:#x}: command");
+    assert_eq!(found(&look(&guest))[0].0, place);
+
+    let (guest, _) = callback("ftrace_pid_func");
+    guest.put(OPS + 24, THEIRS);
+    let place = format!("Ftrace's callback {OPS:#x}: saved function");
+    assert_eq!(found(&look(&guest))[0].0, place);
+}
+
+#[test]
+fn direct_calls_are_looked_at_in_the_callback_and_in_the_table() {
+    let (mut guest, _) = callback("call_direct_funcs");
+    guest.put(OPS + 48, THEIRS);
+    let place = format!("Ftrace's callback {OPS:#x}: direct call");
+    assert_eq!(found(&look(&guest))[0].0, place);
+    guest.put(OPS + 48, 0);
+
+    guest.symbol(DATA + 16, 'd', "direct_functions");
+    guest.layout("ftrace_hash", &[("size_bits", 0), ("buckets", 8)]);
+    guest.layout("ftrace_func_entry", &[("hlist", 8), ("direct", 32)]);
+    let (hash, buckets, entry) = (HEAP + 0x900, HEAP + 0xa00, HEAP + 0xb00);
+    guest.put(DATA + 16, hash);
+    guest.put(hash, 1);
+    assert_eq!((found(&look(&guest)), doubt(&look(&guest))), (vec![], None));
+    guest.put(hash + 8, buckets);
+    guest.put(buckets + 8, entry + 8);
+    guest.put(entry + 32, THEIRS);
+    let report = look(&guest);
+    assert_eq!(
+        found(&report),
+        [(
+            "Ftrace's callback direct_functions: direct call",
+            "0xffffffffc0000100",
+            MODULE
+        )]
+    );
+    // One that is not to be believed.
+    guest.put(hash, 60);
+    assert!(doubt(&look(&guest)).is_some());
+}
+
+#[test]
+fn ftrace_calls_what_is_registered_or_what_calls_all_of_it() {
+    let (mut guest, registered) = callback("function_trace_call");
+    guest.symbol(DATA + 24, 'D', "ftrace_trace_function");
+    let all = guest.function("arch_ftrace_ops_list_func");
+    let other = guest.function("get_random_u32");
+    for own in [all, registered] {
+        guest.put(DATA + 24, own);
+        assert_eq!(found(&look(&guest)), []);
+    }
+    guest.put(DATA + 24, other);
+    let report = look(&guest);
+    let bent = "ftrace_trace_function, whom Ftrace calls";
+    assert_eq!(
+        found(&report),
+        [(bent, "get_random_u32", "the kernel: get_random_u32")]
+    );
+
+    guest.put(DATA + 24, all);
+    let call = guest.function("ftrace_call");
+    let mut code = vec![0xe8];
+    code.extend((other.wrapping_sub(call + 5) as u32).to_le_bytes());
+    guest.bytes(call, &code);
+    assert_eq!(found(&look(&guest))[0].0, "ftrace_call, whom Ftrace calls");
+}
+
+#[test]
+fn function_graph_calls_its_own() {
+    let mut guest = Fake::new();
+    let (own, stub) = (
+        guest.function("trace_graph_entry"),
+        guest.function("ftrace_stub"),
+    );
+    let other = guest.function("get_random_u32");
+    guest.symbol(DATA, 'D', "ftrace_graph_entry");
+    guest.symbol(DATA + 8, 'D', "__SCK__fgraph_retfunc");
+    guest.symbol(DATA + 16, 'd', "fgraph_array");
+    guest.layout("fgraph_ops", &[("entryfunc", 0), ("retfunc", 8)]);
+    guest.put(DATA + 24, HEAP);
+    let look = |guest: &Fake| {
+        guest.check(|view, owners, report| {
+            let done = graph::callbacks(view, owners, report, &mut 0);
+            report.done(Check::Ftrace, 0, done.err().map(|error| error.to_string()));
+        })
+    };
+    for at in [DATA, HEAP] {
+        guest.put(at, own);
+    }
+    for at in [DATA + 8, HEAP + 8] {
+        guest.put(at, stub);
+    }
+    assert_eq!(found(&look(&guest)), []);
+    let places = [
+        (DATA, own, "ftrace_graph_entry".to_owned()),
+        (DATA + 8, stub, "__SCK__fgraph_retfunc".to_owned()),
+        (HEAP, own, format!("{HEAP:#x}")),
+        (HEAP + 8, stub, format!("{HEAP:#x}")),
+    ];
+    for (at, was, name) in places {
+        // What ends an entry is none of the beginning.
+        for bent in [other, THEIRS, own ^ stub ^ was] {
+            guest.put(at, bent);
+            let place = format!("function_graph's callback {name}");
+            assert_eq!(found(&look(&guest))[0].0, place, "{bent:#x}");
+        }
+        guest.put(at, was);
+    }
+    let fprobes = guest.function("fprobe_entry");
+    guest.put(HEAP, fprobes);
+    let report = look(&guest);
+    assert!(found(&report).is_empty() && doubt(&report).is_some());
+}
+
+/// A kernel with a kprobe of an event's at `TEXT + 0x800`.
+fn probed() -> (Fake, u64) {
+    let mut guest = Fake::new();
+    let handler = guest.function("kprobe_dispatcher");
+    guest.symbol(DATA, 'd', "kprobe_table");
+    let kprobe = [
+        ("hlist", 0),
+        ("list", 16),
+        ("addr", 32),
+        ("pre_handler", 40),
+        ("post_handler", 48),
+        ("opcode", 56),
+        ("flags", 64),
+    ];
+    guest.layout("kprobe", &kprobe);
+    guest.layout(
+        "kretprobe",
+        &[("kp", 0), ("handler", 80), ("entry_handler", 88)],
+    );
+    let optimized = [
+        ("kp", 0),
+        ("optinsn.copied_insn", 96),
+        ("optinsn.insn", 104),
+    ];
+    guest.layout("optimized_kprobe", &optimized);
+    guest.layout("trace_kprobe", &[("rp.kp", 16), ("tp.event", 200)]);
+    guest.layout("trace_probe_event", &[("call", 8)]);
+    guest.layout("trace_event_call", &[("prog_array", 24)]);
+    guest.layout("bpf_prog_array", &[("items", 16)]);
+    // In the last bucket.
+    guest.put(DATA + 8 * 63, PROBE);
+    guest.put(PROBE + 16, PROBE + 16);
+    guest.put(PROBE + 32, TEXT + 0x800);
+    guest.put(PROBE + 40, handler);
+    guest.put(PROBE + 56, 0x55);
+    guest.put(PROBE - 16 + 200, EVENT);
+    (guest, handler)
+}
+
+const PROBE: u64 = HEAP + 0x1000;
+const EVENT: u64 = HEAP + 0x2000;
+const SLOT: u64 = MODULES + 0x1000;
+
+/// The kernel's text, with this at the place that is probed, as it is compared.
+fn compared(guest: &Fake, code: [u8; 6]) -> [u8; 6] {
+    let mut text = [0x90; 0x1000];
+    text[0x800..0x806].copy_from_slice(&code);
+    guest.check(|view, owners, _| {
+        for place in &Probes::of(view).places {
+            place.restore(view, owners, &mut text);
+        }
+    });
+    text[0x800..0x806].try_into().expect("six")
+}
+
+#[test]
+fn a_breakpoint_of_the_kernels_own_is_taken_for_what_it_stands_for() {
+    let (guest, handler) = probed();
+    let breakpoint = [0xcc, 1, 2, 3, 4, 5];
+    assert_eq!(compared(&guest, breakpoint), [0x55, 1, 2, 3, 4, 5]);
+    // Something else is there, or the handler is a module's.
+    assert_eq!(compared(&guest, [0xe9; 6]), [0xe9; 6]);
+    guest.put(PROBE + 40, THEIRS);
+    assert_eq!(compared(&guest, breakpoint), breakpoint);
+    // Of several at one place, one is.
+    guest.put(PROBE + 40, handler);
+    let other = HEAP + 0x3000;
+    guest.put(PROBE + 16, other + 16);
+    guest.put(other + 16, PROBE + 16);
+    guest.put(other + 40, THEIRS);
+    assert_eq!(compared(&guest, breakpoint), breakpoint);
+}
+
+#[test]
+fn a_jump_is_a_kprobes_only_if_it_leads_to_what_was_made_for_it() {
+    let (mut guest, _) = probed();
+    let callback = guest.function("optimized_callback");
+    let template = DATA + 0x400;
+    guest.symbol(template, 'r', "optprobe_template_entry");
+    guest.symbol(template + 16, 'r', "optprobe_template_call");
+    guest.symbol(DATA + 0x300, 'D', "kprobe_insn_slots");
+    guest.symbol(DATA + 0x300, 'D', "kprobe_optinsn_slots");
+    guest.layout("kprobe_insn_cache", &[("pages", 8)]);
+    guest.layout("kprobe_insn_page", &[("list", 0), ("insns", 16)]);
+    let page = HEAP + 0x4000;
+    guest.put(DATA + 0x308, page);
+    guest.put(page, DATA + 0x308);
+    guest.put(page + 16, SLOT);
+    guest.put(PROBE + 64, 4);
+    guest.bytes(PROBE + 96, &[1, 2, 3, 4]);
+    guest.put(PROBE + 104, SLOT);
+    let branch = |opcode: u8, at: u64, to: u64| {
+        let mut code = [opcode, 0, 0, 0, 0, 5];
+        code[1..5].copy_from_slice(&(to.wrapping_sub(at + 5) as u32).to_le_bytes());
+        code
+    };
+    let call = |to: u64| guest.bytes(SLOT + 16, &branch(0xe8, SLOT + 16, to)[..5]);
+    let jump = branch(0xe9, TEXT + 0x800, SLOT);
+    call(callback);
+    assert_eq!(compared(&guest, jump), [0x55, 1, 2, 3, 4, 5]);
+    let elsewhere = branch(0xe9, TEXT + 0x800, SLOT + 1);
+    assert_eq!(compared(&guest, elsewhere), elsewhere);
+    call(THEIRS);
+    assert_eq!(compared(&guest, jump), jump);
+    call(callback);
+    // In nobody's memory.
+    guest.put(page + 16, SLOT + 0x1000);
+    assert_eq!(compared(&guest, jump), jump);
+}
+
+#[test]
+fn a_bpf_program_at_a_kprobe_or_an_event_is_found() {
+    let (mut guest, _) = probed();
+    let look = |guest: &Fake| {
+        guest.check(|view, owners, report| {
+            kprobes::handlers(view, owners, &Probes::of(view), report);
+        })
+    };
+    assert_eq!(found(&look(&guest)), []);
+    assert_eq!(look(&guest).notes.len(), 1);
+    let programs = HEAP + 0x5000;
+    guest.put(EVENT + 8 + 24, programs);
+    assert_eq!(found(&look(&guest)), []);
+    guest.put(programs + 16, HEAP);
+    let report = look(&guest);
+    assert_eq!(found(&report)[0].2, "a BPF program");
+
+    // One of those that the image lists.
+    let (list, event) = (DATA + 0x600, DATA + 0x700);
+    guest.symbol(list, 'd', "__start_ftrace_events");
+    guest.symbol(list + 8, 'd', "__stop_ftrace_events");
+    guest.symbol(event, 'd', "event_sched_switch");
+    let image = Image::made_of(
+        &[(".init.data", list, &event.to_le_bytes())],
+        &[(list, true)],
+    );
+    let look = |guest: &Fake| {
+        guest.check(|view, owners, report| tracepoints::attached(view, owners, &image, report))
+    };
+    assert_eq!(found(&look(&guest)), []);
+    guest.put(event + 24, programs);
+    assert_eq!(found(&look(&guest))[0].0, "event event_sched_switch");
+}

@@ -1,0 +1,127 @@
+//! What is attached to tracepoints: functions that are called where the kernel marks
+//! an event.
+//!
+//! ```text
+//! tracepoint.funcs       -> functions                     (perf, tracefs, BPF, modules)
+//! trace_event_call       -> prog_array: BPF programs      (through perf)
+//! ```
+//!
+//! The kernel's own tracers attach functions of the kernel's: that is noted. A
+//! function of a module, or of nobody, is found; and so is a BPF program, which
+//! cannot be told from a hook by where it is attached. Where perf runs one, the
+//! function at the tracepoint is the kernel's, and only the event has the program.
+
+use super::dispatch;
+use super::finding::{Check, Finding, Report};
+use super::owner::{Owner, Owners};
+use super::view::{Obstacle, View};
+use crate::kernel::Gva;
+
+/// More functions than are ever attached to one tracepoint.
+const MAX_FUNCTIONS: u64 = 256;
+
+/// Looks at tracepoints.
+pub(super) fn attached(
+    view: &View<'_>,
+    owners: &Owners,
+    image: &super::Image,
+    report: &mut Report,
+) {
+    let mut looked_at = 0;
+    let doubt = functions(view, owners, image, report, &mut looked_at)
+        .and_then(|()| events(view, image, report, &mut looked_at))
+        .err();
+    let doubt = doubt.map(|error| error.to_string());
+    report.done(Check::Tracepoints, looked_at, doubt);
+}
+
+/// `__tracepoints_ptrs`: offsets to each `struct tracepoint`, each from its own
+/// place. They are constants, and so taken from the image.
+fn functions(
+    view: &View<'_>,
+    owners: &Owners,
+    image: &super::Image,
+    report: &mut Report,
+    looked_at: &mut u64,
+) -> Result<(), Obstacle> {
+    const WHAT: &str = "a tracepoint";
+    let bounds = ["__start___tracepoints_ptrs", "__stop___tracepoints_ptrs"];
+    let [Some(start), Some(stop)] = bounds.map(|name| view.symbols.address(name)) else {
+        return Ok(());
+    };
+    let length = usize::try_from(stop.wrapping_sub(start)).unwrap_or(usize::MAX);
+    let list = image.at(start, length);
+    let list = list.ok_or(Obstacle::Lost("the image's list of tracepoints", start))?;
+    let point = view.btf()?.structure("tracepoint")?;
+    let (name, funcs) = (point.field("name")?.offset, point.field("funcs")?.offset);
+    let each = u64::from(view.btf()?.structure("tracepoint_func")?.size()?);
+    for (offset, at) in super::image::records::<4>(list).zip((start.0..).step_by(4)) {
+        *looked_at += 1;
+        let link = at.wrapping_add_signed(i64::from(i32::from_le_bytes(offset)));
+        let point = view.kernel.runtime(Gva(link));
+        let array = view.pointer(point.wrapping_add(funcs.into()), WHAT)?;
+        if array.0 == 0 {
+            continue;
+        }
+        let text = view.pointer(point.wrapping_add(name.into()), WHAT)?;
+        let name = view.text(text);
+        for index in 0..MAX_FUNCTIONS {
+            let slot = array.wrapping_add(index.wrapping_mul(each));
+            let function = view.pointer(slot, WHAT)?;
+            if function.0 == 0 {
+                break;
+            }
+            let owner = owners.owner(view, function);
+            match owner {
+                Owner::Kernel(own) if !own.starts_with("__bpf_trace_") => {
+                    report.note(format!("tracepoint {name} calls the kernel's own {own}"));
+                }
+                owner => report.add(Finding {
+                    check: Check::Tracepoints,
+                    place: format!("tracepoint {name}"),
+                    address: slot.0,
+                    expected: "a function of the kernel's".to_owned(),
+                    found: view.name(function),
+                    owner: Some(match owner {
+                        Owner::Kernel(_) => "a BPF program".to_owned(),
+                        owner => owner.to_string(),
+                    }),
+                }),
+            }
+        }
+    }
+    Ok(())
+}
+
+/// `__start_ftrace_events`: pointers to each event of the kernel's
+/// (`struct trace_event_call`), system calls' among them. The kernel frees the list
+/// once it has started, so it is the image's.
+fn events(
+    view: &View<'_>,
+    image: &super::Image,
+    report: &mut Report,
+    looked_at: &mut u64,
+) -> Result<(), Obstacle> {
+    let bounds = ["__start_ftrace_events", "__stop_ftrace_events"];
+    let [Some(start), Some(stop)] = bounds.map(|name| view.symbols.address(name)) else {
+        return Ok(());
+    };
+    let all = image
+        .pointers()
+        .filter(|(at, _)| (start..stop).contains(at));
+    for (_, event) in all {
+        *looked_at += 1;
+        let event = view.kernel.runtime(event);
+        if dispatch::event_runs_bpf(view, event)? {
+            report.add(Finding {
+                check: Check::Tracepoints,
+                place: format!("event {}", view.name(event)),
+                address: event.0,
+                expected: "no program".to_owned(),
+                found: "a BPF program, run by perf".to_owned(),
+                owner: Some("a BPF program".to_owned()),
+            });
+        }
+    }
+    Ok(())
+}
