@@ -7,16 +7,18 @@
 
 use super::finding::{Check, Finding, Report};
 use super::owner::{Owner, Owners};
-use super::view::View;
+use super::view::{Obstacle, View};
 use crate::kernel::Gva;
 
 const PAGE: u64 = 4096;
+/// What may stand between functions and behind them: zeros, `int3`.
+const FILLERS: [u8; 2] = [0, 0xcc];
 /// So many pages are looked at: a guest may say that all its memory is code.
 const MAX_PAGES: u64 = 1 << 18;
 
 /// Looks at each executable page.
 pub(super) fn unowned(view: &View<'_>, owners: &Owners, report: &mut Report) {
-    let executable = view.kernel.tables.executable(view.ram);
+    let executable = &owners.executable;
     let mut doubt = (!executable.complete)
         .then(|| "the guest's page tables are larger than those of any kernel".to_owned());
     // Where modules are not known, their code is nobody's.
@@ -48,7 +50,39 @@ pub(super) fn unowned(view: &View<'_>, owners: &Owners, report: &mut Report) {
             report.add(finding);
         }
     }
+    if let Some(end) = behind_text(view) {
+        match end {
+            Ok(finding) => finding.into_iter().for_each(|finding| report.add(finding)),
+            Err(error) => {
+                doubt.get_or_insert(error.to_string());
+            }
+        }
+    }
     report.done(Check::UnownedCode, pages, doubt);
+}
+
+/// What is behind the kernel's text in its last page, which can be executed with it:
+/// nothing, or what linkers fill with. None where the text ends with its page.
+fn behind_text(view: &View<'_>) -> Option<Result<Option<Finding>, Obstacle>> {
+    let end = view.kernel.runtime(view.symbols.text().end);
+    let length = end.0.checked_next_multiple_of(PAGE)?.wrapping_sub(end.0);
+    let length = usize::try_from(length).ok().filter(|&length| length > 0)?;
+    let rest = match view.bytes(end, length, "the end of the kernel's text") {
+        Ok(rest) => rest,
+        Err(error) => return Some(Err(error)),
+    };
+    let used = rest.iter().position(|byte| !FILLERS.contains(byte));
+    Some(Ok(used.map(|first| {
+        let at = end.wrapping_add(first as u64);
+        Finding {
+            check: Check::UnownedCode,
+            place: view.name(at),
+            address: at.0,
+            expected: "nothing, behind the kernel's text".to_owned(),
+            found: super::data::hex(rest.get(first..).unwrap_or_default()),
+            owner: Some(Owner::Nobody.to_string()),
+        }
+    })))
 }
 
 /// Whether any byte of a page is somebody's code: the rest of it is too.

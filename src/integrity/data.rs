@@ -166,12 +166,21 @@ fn follow(
             continue;
         }
         let runtime = view.kernel.runtime(at);
-        let Ok(now) = view.pointer(runtime, "a pointer") else {
-            continue;
+        let now = match view.pointer(runtime, "a pointer") {
+            Ok(now) => now,
+            Err(error @ Obstacle::TooMuch(_)) => return Err(error),
+            // Part of what was freed.
+            Err(_) => continue,
         };
         *looked_at += 1;
-        // Cleared, or one of the kernel's own.
-        if now.0 == 0 || view.kernel.in_image(view.kernel.link(now)) {
+        let to = view.kernel.link(now);
+        let same_kind = if text.contains(&built) {
+            view.symbols.is_function_start(to)
+        } else {
+            constants.contains(&to) && functions.are_in(view, to)
+        };
+        // Cleared, or another of the kernel's own.
+        if now.0 == 0 || to == built || same_kind {
             continue;
         }
         report.add(Finding {
@@ -179,7 +188,7 @@ fn follow(
             place: view.name(runtime),
             address: runtime.0,
             expected: view.name(view.kernel.runtime(built)),
-            found: now.to_string(),
+            found: view.name(now),
             owner: Some(owners.owner(view, now).to_string()),
         });
     }

@@ -54,8 +54,8 @@ const EXCEPTIONS: [(usize, &str); 23] = [
     (29, "asm_exc_vmm_communication"),
 ];
 /// Where the kernel's gates lead while it starts (arch/x86/kernel/head_64.S):
-/// stubs of 9 bytes each, or of 13 where they begin with ENDBR. Vectors that no
-/// exception has keep theirs, whose code is freed.
+/// stubs of 9 bytes each, or of 13 where they begin with ENDBR. Vectors that the
+/// kernel has no entry for keep theirs, whose code is freed.
 const EARLY: &str = "early_idt_handler_array";
 const EARLY_STUBS: [u64; 2] = [9, 13];
 /// What `int 0x80` leads to, in 6.1 and later, and since 6.7.
@@ -161,7 +161,12 @@ fn leads(view: &View<'_>, vector: usize, target: Gva) -> bool {
     }
     if vector < FIRST_DEVICE {
         let known = EXCEPTIONS.iter().find(|(known, _)| *known == vector);
-        return known.is_some_and(|(_, name)| is(name)) || is_early(view, vector, target);
+        // One that this kernel has no entry for keeps what it had at the start.
+        let known = known.filter(|(_, name)| view.symbols.address(name).is_some());
+        return match known {
+            Some((_, name)) => is(name),
+            None => is_early(view, vector, target),
+        };
     }
     let link = view.kernel.link(target);
     let Some((name, offset)) = view.symbols.symbol_before(link) else {

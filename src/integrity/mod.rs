@@ -40,6 +40,7 @@ mod image;
 mod interrupts;
 mod kprobes;
 mod owner;
+mod proc;
 #[cfg(test)]
 mod tests;
 mod text;

@@ -5,12 +5,17 @@
 //! the way, and BPF programs. The kernel keeps lists of all of them. Those lists
 //! are the guest's word; but whoever is on none of them has no name for what it
 //! runs, and that is what is looked for.
+//!
+//! So that no entry of a list speaks for more than it is, it has what a kernel can
+//! make and no more: memory where kernels allocate code, in one piece that can be
+//! executed (behind each allocation is a page that cannot), apart from every module
+//! and from the other entries of its list. One that is not so has nothing.
 
 use std::fmt;
 use std::ops::Range;
 
 use super::view::{Obstacle, View};
-use crate::kernel::{modules, Gva, Module};
+use crate::kernel::{modules, Executable, Gva, Module};
 
 /// What Ftrace's trampolines are called.
 pub(super) const FTRACE: &str = "a trampoline of Ftrace's";
@@ -23,6 +28,12 @@ const PAGE: u64 = 4096;
 const PACK: u64 = 2 << 20;
 /// More nodes than any machine has.
 const MAX_NODES: u32 = 1024;
+/// A BPF program is no longer: the kernel takes a million instructions
+/// (`BPF_COMPLEXITY_LIMIT_INSNS`), most of which become 3 to 5 bytes.
+const MAX_PROGRAM: u64 = 16 << 20;
+/// Where code is allocated, `MODULES_VADDR` to `MODULES_END` with and without KASLR
+/// (arch/x86/include/asm/pgtable_64_types.h); the kernel's image may lie in it.
+const AREA: Range<Gva> = Gva(0xffff_ffff_a000_0000)..Gva(0xffff_ffff_ff00_0000);
 /// How many BPF programs are looked past for the memory that they lie in.
 const MAX_INSIDE: usize = 1024;
 /// The kernel's own programs in memory below 1 MiB.
@@ -59,13 +70,18 @@ impl fmt::Display for Owner {
 pub(super) struct Owners {
     pub(super) modules: Vec<Module>,
     /// Code that the kernel made, and what it is, by its beginning.
-    made: Vec<(Range<Gva>, String)>,
+    made: Vec<Claim>,
     /// The code of the modules and what the kernel made, in order, none of which
     /// touches another.
     code: Vec<Range<Gva>>,
     /// What could not be listed.
     pub(super) doubts: Vec<String>,
+    /// What can be executed.
+    pub(super) executable: Executable,
 }
+
+/// Code that the kernel made, and what it is.
+type Claim = (Range<Gva>, String);
 
 impl Owners {
     pub(super) fn of(view: &View<'_>) -> Self {
@@ -90,33 +106,62 @@ impl Owners {
             made: Vec::new(),
             code: Vec::new(),
             doubts: Vec::new(),
+            executable: view.kernel.tables.executable(view.ram),
         };
-        type List = fn(&View<'_>, &mut Vec<(Range<Gva>, String)>) -> Result<(), Obstacle>;
+        type List = fn(&View<'_>, &mut Vec<Claim>) -> Result<(), Obstacle>;
         // Each is there only in a kernel that is built with it.
-        let lists: [(&str, List); 5] = [
+        let lists: [(&str, List); 4] = [
             ("ftrace_ops_list", trampolines),
             ("kprobe_insn_slots", probe_slots),
             ("bpf_kallsyms", bpf_programs),
             ("pack_list", bpf_packs),
-            ("real_mode_header", real_mode),
         ];
-        for (symbol, list) in lists {
-            if view.symbols.address(symbol).is_none() {
-                continue;
+        let there = |symbol| view.symbols.address(symbol).is_some();
+        for (_, list) in lists.into_iter().filter(|(symbol, _)| there(symbol)) {
+            let mut claims = Vec::new();
+            if let Err(error) = list(view, &mut claims) {
+                owners.doubts.push(error.to_string());
             }
-            if let Err(error) = list(view, &mut owners.made) {
+            claims.retain_mut(|(range, _)| owners.is_possible(view, range));
+            owners.made.extend(apart(claims));
+        }
+        if there("real_mode_header") {
+            if let Err(error) = real_mode(view, &mut owners.made) {
                 owners.doubts.push(error.to_string());
             }
         }
         owners
     }
 
+    /// Cuts what may have been allocated to the piece of executable memory that it
+    /// begins in. False where none is left, or it lies where no code is allocated.
+    fn is_possible(&self, view: &View<'_>, range: &mut Range<Gva>) -> bool {
+        let image = view.kernel.in_image(view.kernel.link(range.start));
+        *range = self.cut(range);
+        AREA.contains(&range.start) && range.end <= AREA.end && !image && range.start < range.end
+    }
+
+    /// What can be executed of a range, from its beginning on, in one piece.
+    fn cut(&self, range: &Range<Gva>) -> Range<Gva> {
+        let pieces = &self.executable.pieces;
+        let after = pieces.partition_point(|piece| piece.start <= range.start);
+        let piece = after.checked_sub(1).and_then(|last| pieces.get(last));
+        let end = piece.map_or(range.start, |piece| piece.end.min(range.end));
+        range.start..end.max(range.start)
+    }
+
     /// All in order, to be looked up.
     fn arranged(mut self) -> Self {
+        let modules = &self.modules;
+        let memory = || modules.iter().flat_map(|module| &module.memory);
+        self.made
+            .retain(|(range, _)| !memory().any(|theirs| overlap(range, theirs)));
         self.made.sort_by_key(|(range, _)| range.start);
-        let made = self.made.iter().map(|(range, _)| range);
+        let made = self.made.iter().map(|(range, _)| range.clone());
         let modules = self.modules.iter().flat_map(|module| &module.code);
-        self.code = joined(made.chain(modules).cloned().collect());
+        let modules = modules.map(|range| self.cut(range));
+        let code = joined(made.chain(modules).collect());
+        self.code = code;
         self
     }
 
@@ -148,6 +193,31 @@ impl Owners {
         }
         Owner::Nobody
     }
+}
+
+fn overlap(one: &Range<Gva>, other: &Range<Gva>) -> bool {
+    one.start < other.end && other.start < one.end
+}
+
+/// Those that touch no other. The same one twice is one.
+fn apart(mut claims: Vec<Claim>) -> Vec<Claim> {
+    claims.sort_by_key(|(range, _)| (range.start, range.end));
+    claims.dedup_by(|(one, _), (other, _)| one == other);
+    let mut reached = Gva(0);
+    let mut next: Vec<Gva> = claims
+        .iter()
+        .skip(1)
+        .map(|(range, _)| range.start)
+        .collect();
+    next.push(Gva(u64::MAX));
+    let mut next = next.into_iter();
+    claims.retain(|(range, _)| {
+        let before = reached;
+        reached = before.max(range.end);
+        let behind = next.next().unwrap_or(Gva(u64::MAX));
+        before <= range.start && range.end <= behind
+    });
+    claims
 }
 
 /// Pieces in order, those that touch made one.
@@ -187,7 +257,7 @@ pub(super) fn ftrace_ops(view: &View<'_>) -> Result<Vec<Gva>, Obstacle> {
 
 /// Those of registered callbacks, and those of the kernel's own that were: their
 /// trampolines stay (`ftrace_ops_trampoline_list`, kernel/trace/ftrace.c).
-fn trampolines(view: &View<'_>, made: &mut Vec<(Range<Gva>, String)>) -> Result<(), Obstacle> {
+fn trampolines(view: &View<'_>, made: &mut Vec<Claim>) -> Result<(), Obstacle> {
     const WHAT: &str = "the list of Ftrace's trampolines";
     let ops = view.btf()?.structure("ftrace_ops")?;
     let (at, size) = (
@@ -212,7 +282,7 @@ fn trampolines(view: &View<'_>, made: &mut Vec<(Range<Gva>, String)>) -> Result<
 }
 
 /// `struct kprobe_insn_cache` and `struct kprobe_insn_page`, kernel/kprobes.c.
-fn probe_slots(view: &View<'_>, made: &mut Vec<(Range<Gva>, String)>) -> Result<(), Obstacle> {
+fn probe_slots(view: &View<'_>, made: &mut Vec<Claim>) -> Result<(), Obstacle> {
     const WHAT: &str = "the list of kprobes' instructions";
     let btf = view.btf()?;
     let pages = btf.structure("kprobe_insn_cache")?.field("pages")?.offset;
@@ -231,7 +301,7 @@ fn probe_slots(view: &View<'_>, made: &mut Vec<(Range<Gva>, String)>) -> Result<
 }
 
 /// `struct bpf_ksym`, include/linux/bpf.h.
-fn bpf_programs(view: &View<'_>, made: &mut Vec<(Range<Gva>, String)>) -> Result<(), Obstacle> {
+fn bpf_programs(view: &View<'_>, made: &mut Vec<Claim>) -> Result<(), Obstacle> {
     const WHAT: &str = "the list of BPF programs";
     let ksym = view.btf()?.structure("bpf_ksym")?;
     let [start, end, name, list] = ["start", "end", "name", "lnode"].map(|name| ksym.field(name));
@@ -240,7 +310,7 @@ fn bpf_programs(view: &View<'_>, made: &mut Vec<(Range<Gva>, String)>) -> Result
         let from = view.pointer(program.wrapping_add(start.into()), WHAT)?;
         let to = view.pointer(program.wrapping_add(end.into()), WHAT)?;
         let name = view.text(program.wrapping_add(name.into()));
-        if from < to {
+        if from < to && to.wrapping_sub(from) <= MAX_PROGRAM {
             made.push((from..to, format!("the BPF program {name}")));
         }
     }
@@ -248,7 +318,7 @@ fn bpf_programs(view: &View<'_>, made: &mut Vec<(Range<Gva>, String)>) -> Result
 }
 
 /// `struct bpf_prog_pack`, kernel/bpf/core.c: memory for many programs.
-fn bpf_packs(view: &View<'_>, made: &mut Vec<(Range<Gva>, String)>) -> Result<(), Obstacle> {
+fn bpf_packs(view: &View<'_>, made: &mut Vec<Claim>) -> Result<(), Obstacle> {
     const WHAT: &str = "the list of memory for BPF programs";
     let pack = view.btf()?.structure("bpf_prog_pack")?;
     let (list, ptr) = (pack.field("list")?.offset, pack.field("ptr")?.offset);
@@ -265,7 +335,7 @@ fn bpf_packs(view: &View<'_>, made: &mut Vec<(Range<Gva>, String)>) -> Result<()
 }
 
 /// What processors begin with, in real mode (arch/x86/realmode/init.c).
-fn real_mode(view: &View<'_>, made: &mut Vec<(Range<Gva>, String)>) -> Result<(), Obstacle> {
+fn real_mode(view: &View<'_>, made: &mut Vec<Claim>) -> Result<(), Obstacle> {
     const WHAT: &str = "the code of real mode";
     let start = view.pointer(view.address("real_mode_header")?, WHAT)?;
     let blob = view
@@ -303,6 +373,7 @@ mod tests {
             made: Vec::new(),
             code,
             doubts: Vec::new(),
+            executable: Executable::default(),
         };
         for from in 0..32 {
             for to in from + 1..33 {

@@ -167,8 +167,13 @@ impl<'a> View<'a> {
     /// Whether a runtime address is that of a function of the kernel's with one of
     /// these names. Several functions may have one name.
     pub(super) fn is_one_of(&self, at: Gva, names: &[&str]) -> bool {
+        self.in_text(at) && self.is_called(at, names)
+    }
+
+    /// The same of anything in the kernel's image.
+    pub(super) fn is_called(&self, at: Gva, names: &[&str]) -> bool {
         let link = self.kernel.link(at);
-        self.in_text(at) && names.iter().any(|name| self.symbols.is_called(link, name))
+        names.iter().any(|name| self.symbols.is_called(link, name))
     }
 
     /// Whether it lies in the kernel's constants, or in variables that are
@@ -191,5 +196,13 @@ impl<'a> View<'a> {
             Some((name, offset)) => format!("{name}+{offset:#x}"),
             None => at.to_string(),
         }
+    }
+}
+
+#[cfg(test)]
+impl View<'_> {
+    /// Lets there be no read left.
+    pub(super) fn exhaust(&self) {
+        self.left.set(0);
     }
 }

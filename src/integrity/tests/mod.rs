@@ -2,6 +2,8 @@
 //! and what it leaves alone.
 
 mod callbacks;
+mod lists;
+mod proc;
 
 use std::collections::BTreeMap;
 
@@ -33,6 +35,9 @@ pub(super) struct Fake {
     btf: Builder,
     /// How many functions there are.
     functions: u64,
+    /// The modules on the list.
+    pub(super) modules: Vec<Module>,
+    text_end: u64,
 }
 
 impl Fake {
@@ -54,13 +59,20 @@ impl Fake {
         let root = Gpa(0x1000);
         Self {
             ram,
-            kernel: Kernel::made_up(Gpa(TEXT - MAP), Gva(TEXT), END - TEXT, PageTables { root, levels: 4 }),
+            kernel: Kernel::made_up(
+                Gpa(TEXT - MAP),
+                Gva(TEXT),
+                END - TEXT,
+                PageTables { root, levels: 4 },
+            ),
             symbols: format!(
-                "{TEXT:x} T _text\n{TEXT:x} T _stext\n{:x} T _etext\n{DATA:x} D _sdata\n{END:x} D _edata\n",
-                TEXT + 0x1000
+                "{TEXT:x} T _text\n{TEXT:x} T _stext\n{:x} D _sdata\n{END:x} D _edata\n",
+                DATA + 0x480
             ),
             btf: Builder::new(),
             functions: 0,
+            modules: vec![module("hook", 0, 4)],
+            text_end: TEXT + 0x1000,
         }
     }
 
@@ -93,6 +105,23 @@ impl Fake {
         self.btf.structure(name, SIZE, &members);
     }
 
+    /// Describes a structure of which only the size is asked for.
+    pub(super) fn sized(&mut self, name: &str, size: u32) {
+        self.btf.structure(name, size, &[]);
+    }
+
+    /// Lets the kernel's text end elsewhere than with its first page.
+    pub(super) fn text_ends(&mut self, at: u64) {
+        self.text_end = at;
+    }
+
+    /// Lets a page of the module area not be executed.
+    pub(super) fn forbid(&mut self, page: u64) {
+        let entry = Gpa(0x5000 + 8 * page);
+        self.ram
+            .poke_u64(entry, 0x60_0000 + (page << 12) | 3 | NO_EXECUTE);
+    }
+
     pub(super) fn put(&self, at: u64, value: u64) {
         self.bytes(at, &value.to_le_bytes());
     }
@@ -104,10 +133,11 @@ impl Fake {
 
     /// What a check comes to, with these modules on the list.
     pub(super) fn check(&self, check: impl FnOnce(&View<'_>, &Owners, &mut Report)) -> Report {
-        let symbols = Symbols::parse(self.symbols.clone().into_bytes()).expect("symbols");
+        let symbols = format!("{}{:x} T _etext\n", self.symbols, self.text_end);
+        let symbols = Symbols::parse(symbols.into_bytes()).expect("symbols");
         let btf = self.btf.parse();
         let view = View::new(&self.ram, &self.kernel, &symbols, Some(&btf));
-        let owners = Owners::made_of(&view, vec![module("hook", 0, 4)]);
+        let owners = Owners::made_of(&view, self.modules.clone());
         let mut report = Report::default();
         check(&view, &owners, &mut report);
         report
