@@ -15,7 +15,7 @@ use rand::{RngExt, SeedableRng};
 use serde_json::Value;
 use xftrace::kernel::{find_all, Gva, Symbols};
 use xftrace::ram::{ImageRam, Layout};
-use xftrace_lab::{Backing, Domain};
+use xftrace_lab::{wait_for, Backing, Domain};
 
 use crate::lab::{StoredKernel, TestGuest};
 
@@ -120,6 +120,7 @@ fn memory_is_judged(name: &str, kernel: &str) {
     println!("{kernel}: a check took {cost:?} of processor time");
     assert!(cost < COST, "{cost:?}");
 
+    file_of_proc_is_found(&checked);
     // It stays: nobody can unload it. It does nothing, so that there is no other way
     // to find it.
     let load = "insmod /lib/modules/hook_hidden.ko";
@@ -135,6 +136,76 @@ fn memory_is_judged(name: &str, kernel: &str) {
         (1, Some("findings"))
     );
     saved_agrees(&checked, &all);
+}
+
+/// A file of the kernel's in /proc with a module's operations is found, and no other.
+fn file_of_proc_is_found(checked: &Checked) {
+    let run = |command: &str| checked.guest.run(command).unwrap().success().unwrap();
+    run("insmod /lib/modules/hook_procfile.ko && cat /proc/stat > /dev/null");
+    let (_, verdict) = checked.live();
+    let all = found(&verdict);
+    let [(check, place, owner)] = all.as_slice() else {
+        panic!("{verdict:#}");
+    };
+    assert_eq!((&**check, &**place), ("files", "proc_ops of /proc/stat"));
+    assert!(owner.contains("hook_procfile"), "{owner}");
+    run("rmmod hook_procfile");
+    checked.is_clean(checked.live());
+}
+
+/// Commands of the guest's that put probes of tracefs where Ftrace has no site, as many
+/// as there are instructions in the first bytes of a function, and on and behind
+/// functions. The last of them become jumps.
+const PROBES: &str = "cd /sys/kernel/tracing && \
+    for at in $(seq 5 24); do echo p:p$at vfs_read+$at >> kprobe_events; done 2>/dev/null; \
+    echo r:back vfs_write >> kprobe_events && echo 1 > events/kprobes/enable && \
+    echo function > current_tracer";
+
+/// What the guest's own tracers do to the kernel is no finding, and a BPF program that
+/// they run is one.
+fn tracers_are_told_from_hooks(name: &str, kernel: &str) {
+    let checked = Checked::start(name, kernel);
+    let run = |command: &str| checked.guest.run(command).unwrap().success().unwrap();
+    run(PROBES);
+    // Optional: not every kernel has them.
+    let fprobes = "cd /sys/kernel/tracing && echo f:fp vfs_open >> dynamic_events && \
+        echo 1 > events/fprobes/enable";
+    let fprobes = checked.guest.run(fprobes).unwrap().success().is_ok();
+    // A kprobe is a jump once nobody can be in its instructions.
+    let jumps = || {
+        let list = checked.guest.run("cat /sys/kernel/debug/kprobes/list")?;
+        Ok(list.text.contains("OPTIMIZED").then_some(()))
+    };
+    wait_for(Duration::from_secs(30), jumps).expect("a jump");
+    let (status, verdict) = checked.live();
+    let notes = verdict["memory"]["notes"].as_array().expect("notes");
+    let noted = |what: &str| notes.iter().any(|note| note.to_string().contains(what));
+    assert!(noted("kprobe at vfs_read+") && noted("function_trace_call"));
+    assert_eq!(noted("fentry_dispatcher"), fprobes, "{notes:#?}");
+    checked.is_clean((status, verdict));
+
+    for (event, check, place) in [
+        ("kprobes/back", "kprobes", "kretprobe at vfs_write"),
+        (
+            "sched/sched_process_exec",
+            "tracepoints",
+            "event event_sched_process_exec",
+        ),
+    ] {
+        run(&format!("bpfprobe {event}"));
+        let (_, verdict) = checked.live();
+        let all = found(&verdict);
+        let is = |(of, at, owner): &(String, String, String)| {
+            of == check && at.starts_with(place) && owner == "a BPF program"
+        };
+        assert!(
+            !all.is_empty() && all.iter().all(is),
+            "{event}: {verdict:#}"
+        );
+        run("killall bpfprobe");
+        let clean = || Ok((found(&checked.live().1).is_empty()).then_some(()));
+        wait_for(Duration::from_secs(30), clean).expect("a clean guest");
+    }
 }
 
 /// The verdict on the guest's saved memory is that on the guest.
@@ -245,4 +316,14 @@ fn the_memory_of_linux_6_1_is_judged() {
 #[test]
 fn the_memory_of_linux_6_12_is_judged() {
     memory_is_judged("memory612", "6.12");
+}
+
+#[test]
+fn tracers_of_linux_6_1_are_told_from_hooks() {
+    tracers_are_told_from_hooks("tracers61", "6.1");
+}
+
+#[test]
+fn tracers_of_a_stock_6_12_are_told_from_hooks() {
+    tracers_are_told_from_hooks("tracers612", "stock-6.12-cloud");
 }
