@@ -8,10 +8,11 @@
 //! being known.
 //!
 //! Of variables, only pointers can be judged. The image lists where addresses lie
-//! in them, for KASLR has to move those. A pointer that was built to lead to code,
-//! or to a constant that itself leads to code (a table of functions), may be set to
-//! another of the kernel's own, and may be cleared; one that leads out of the kernel,
-//! into a module or into nothing, was bent.
+//! in them, for KASLR has to move those. A pointer that was built to lead to code may
+//! be set to the beginning of another function of the kernel's; one to a constant that
+//! itself leads to code (a table of functions), to another such constant; and each may
+//! be cleared. One that leads elsewhere, into a module, into nothing, or to some other
+//! place of the kernel's, was bent.
 
 use std::ops::Range;
 

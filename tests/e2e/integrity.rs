@@ -153,11 +153,14 @@ fn file_of_proc_is_found(checked: &Checked) {
     checked.is_clean(checked.live());
 }
 
-/// Commands of the guest's that put probes of tracefs where Ftrace has no site, as many
-/// as there are instructions in the first bytes of a function, and on and behind
-/// functions. The last of them become jumps.
+/// Commands of the guest's that put probes of tracefs where Ftrace has no site: at as
+/// many instructions as there are where one function begins, at one of some others, which
+/// become jumps, and where a function returns.
 const PROBES: &str = "cd /sys/kernel/tracing && \
-    for at in $(seq 5 24); do echo p:p$at vfs_read+$at >> kprobe_events; done 2>/dev/null; \
+    { for at in $(seq 5 24); do echo p:p$at vfs_read+$at >> kprobe_events; done; \
+    for f in ksys_read ksys_write vfs_statx do_sys_openat2 do_filp_open kernel_wait4; do \
+        for at in $(seq 5 16); do echo p:$f $f+$at >> kprobe_events && break; done; \
+    done; } 2>/dev/null; \
     echo r:back vfs_write >> kprobe_events && echo 1 > events/kprobes/enable && \
     echo function > current_tracer";
 

@@ -118,8 +118,8 @@ impl Fake {
     /// Lets a page of the module area not be executed.
     pub(super) fn forbid(&mut self, page: u64) {
         let entry = Gpa(0x5000 + 8 * page);
-        self.ram
-            .poke_u64(entry, 0x60_0000 + (page << 12) | 3 | NO_EXECUTE);
+        let to = 0x60_0000 + (page << 12);
+        self.ram.poke_u64(entry, to | 3 | NO_EXECUTE);
     }
 
     pub(super) fn put(&self, at: u64, value: u64) {
