@@ -111,7 +111,7 @@ impl Patcher<'_> {
                 });
                 (taken || nops::first(memory) == Some(length)).then_some(length)
             }
-            Patch::StaticCall => self.static_call(at, built, memory),
+            Patch::StaticCall(key) => self.static_call(key, at, built, memory),
             Patch::Mcount => self.mcount(at, memory),
             Patch::Callback => {
                 let call = jump(at, memory).filter(|jump| jump.opcode == CALL)?;
@@ -172,7 +172,17 @@ impl Patcher<'_> {
         (thunk || memory == [RETURN, INT3, INT3, INT3, INT3]).then_some(5)
     }
 
-    fn static_call(&self, at: u64, built: &[u8], memory: &[u8]) -> Option<usize> {
+    /// A static call leads to the function in its key, where that is known.
+    fn static_call(&self, key: Option<Gva>, at: u64, built: &[u8], memory: &[u8]) -> Option<usize> {
+        // `struct static_call_key` begins with the function.
+        let function = key.and_then(|key| (self.variable)(key, 8));
+        let is_null = function.is_none_or(|function| function == 0);
+        let is = |to: u64| match function {
+            Some(function) if function != 0 => to == function.wrapping_sub(self.slide),
+            // A conditional jump of one that is not set is a return.
+            Some(_) => self.returns_at(to),
+            None => self.is_function(to),
+        };
         let built = jump(at, built).or_else(|| {
             // A trampoline of one that is not set yet is a return.
             let target = at.wrapping_add(5);
@@ -184,11 +194,22 @@ impl Patcher<'_> {
         })?;
         let memory = memory.get(..built.length)?;
         let leads = match jump(at, memory) {
-            Some(jump) => jump.opcode == built.opcode && self.is_function(jump.target),
-            None if built.opcode == CALL => memory == RETURN_0 || nops::first(memory) == Some(5),
-            None => memory == [RETURN, INT3, INT3, INT3, INT3],
+            Some(jump) => {
+                jump.opcode == built.opcode && self.is_function(jump.target) && is(jump.target)
+            }
+            None if memory == RETURN_0 => {
+                let zero = self.symbols.address("__static_call_return0");
+                built.opcode == CALL && (function.is_none() || zero.is_some_and(|at| is(at.0)))
+            }
+            None if built.opcode == CALL => is_null && nops::first(memory) == Some(5),
+            None => is_null && memory == [RETURN, INT3, INT3, INT3, INT3],
         };
         leads.then_some(built.length)
+    }
+
+    /// Whether what is there does no more than return.
+    fn returns_at(&self, at: u64) -> bool {
+        self.is_one_of(at, &RETURN_THUNKS) || self.is_one_of(at, &["__static_call_return"])
     }
 
     fn retpoline(&self, at: u64, built: &[u8], memory: &[u8]) -> Option<usize> {

@@ -27,6 +27,8 @@ const DIRECT_CALL: u8 = 1 << 1;
 /// Where the kernel's own entries of Ftrace call the callback, or what calls all
 /// of them (ftrace_update_ftrace_func(), arch/x86/kernel/ftrace.c).
 const FTRACE_CALLS: [&str; 2] = ["ftrace_call", "ftrace_regs_call"];
+/// `STATIC_CALL_SITE_FLAGS` (include/linux/static_call_types.h): in a site's key.
+const STATIC_CALL_FLAGS: u64 = 3;
 /// What follows the jump of a static call's trampoline
 /// (arch/x86/include/asm/static_call.h).
 const TRAMPOLINE: [u8; 3] = [0x0f, 0xb9, 0xcc];
@@ -47,7 +49,7 @@ pub(super) enum Patch {
     /// A static branch to there.
     Branch(u64),
     /// A static call.
-    StaticCall,
+    StaticCall(Option<Gva>),
     /// A call of Ftrace's.
     Mcount,
     /// A call of whatever function Ftrace is to call.
@@ -65,7 +67,7 @@ impl Patch {
     /// How many bytes it may change.
     pub(super) fn reach(self) -> u64 {
         match self {
-            Self::Retpoline | Self::StaticCall => 6,
+            Self::Retpoline | Self::StaticCall(_) => 6,
             Self::Return | Self::Branch(_) | Self::Mcount | Self::Callback => 5,
             Self::Paravirt(length) => u64::from(length),
             Self::Lock => 1,
@@ -150,14 +152,19 @@ impl Sites {
         if let Some((at, bytes)) = list("__start_static_call_sites", "__stop_static_call_sites")? {
             for (record, at) in records::<8>(bytes).zip((at.0..).step_by(8)) {
                 if let Some(code) = relative(&record, 0, at) {
-                    self.patches.insert(code, Patch::StaticCall);
+                    let key = relative(&record, 4, at.wrapping_add(4));
+                    let key = key.map(|key| Gva(key & !STATIC_CALL_FLAGS));
+                    self.patches.insert(code, Patch::StaticCall(key));
                 }
             }
         }
         if let Some((at, bytes)) = list("__static_call_text_start", "__static_call_text_end")? {
             for (code, at) in records::<8>(bytes).zip((at.0..).step_by(8)) {
                 if code.ends_with(&TRAMPOLINE) {
-                    self.patches.insert(at, Patch::StaticCall);
+                    let name = symbols.symbol_before(Gva(at)).map(|(name, _)| name);
+                    let name = name.and_then(|name| name.strip_prefix("__SCT__"));
+                    let key = name.and_then(|name| symbols.address(&format!("__SCK__{name}")));
+                    self.patches.insert(at, Patch::StaticCall(key));
                 }
             }
         }

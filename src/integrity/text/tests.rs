@@ -15,6 +15,7 @@ const PLAIN: usize = 0x50;
 const LOCK: usize = 0x60;
 const CALLEE: usize = 0x70;
 const THUNK: usize = 0x80;
+const ZERO: usize = 0x88;
 const END: usize = 0x90;
 
 fn symbols() -> Symbols {
@@ -24,6 +25,7 @@ fn symbols() -> Symbols {
         (TEXT, "_stext"),
         (TEXT + CALLEE as u64, "callee"),
         (TEXT + THUNK as u64, "__x86_return_thunk"),
+        (TEXT + ZERO as u64, "__static_call_return0"),
         (TEXT + END as u64, "_etext"),
         (DATA, "__start_mcount_loc"),
         (DATA + 8, "__stop_mcount_loc"),
@@ -180,6 +182,31 @@ fn what_a_hook_makes_of_it_is_found() {
         let range = change.at.0..change.at.0 + change.memory.len() as u64;
         assert!(range.start <= TEXT + (at + code.len()) as u64 && range.end > TEXT + at as u64);
         assert_ne!(change.built, change.memory);
+    }
+}
+
+#[test]
+fn a_static_call_leads_to_what_its_key_says() {
+    let (image, symbols) = (image(), symbols());
+    let sites = Sites::of(&image, &symbols).expect("its sites");
+    let nop5 = [0x0f, 0x1f, 0x44, 0, 0];
+    let zero = [0x2e, 0x2e, 0x2e, 0x31, 0xc0];
+    let thunk = branch(0xe8, STATIC, THUNK);
+    let runtime = |at: usize| TEXT + SLIDE + at as u64;
+    for (key, code, is_clean) in [
+        (runtime(THUNK), &thunk[..], true),
+        (runtime(CALLEE), &thunk, false),
+        (0, &nop5, true),
+        (runtime(THUNK), &nop5, false),
+        (runtime(CALLEE), &zero, false),
+        (runtime(ZERO), &zero, true),
+    ] {
+        let mut memory = loaded();
+        put(&mut memory, STATIC, code);
+        let variable = |at: Gva, _: usize| (at == Gva(DATA + 28)).then_some(key);
+        let report = compare(&image, &sites, &symbols, SLIDE, &memory, &variable);
+        let changes = report.expect("a comparison").changes;
+        assert_eq!(changes.is_empty(), is_clean, "{key:#x} {code:02x?}");
     }
 }
 
