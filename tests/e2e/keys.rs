@@ -101,12 +101,17 @@ fn plain_addresses(code: &GuestCode<'_>, bytes: &[u8]) -> usize {
 
 /// The guest's memory, as the helper sees it.
 pub(crate) fn memory(guest: &Traced) -> FileRam {
+    memory_for(guest, Access::ReadOnly)
+}
+
+/// The same, perhaps to write to.
+pub(crate) fn memory_for(guest: &Traced, access: Access) -> FileRam {
     let qemu = guest.qemu_pid().unwrap();
     let maps = fs::read_to_string(format!("/proc/{qemu}/maps")).expect("its mappings");
     let ram = maps.lines().find(|line| line.contains("/pc.ram"));
     let range = ram.and_then(|line| line.split(' ').next()).expect("a file");
     let path = PathBuf::from(format!("/proc/{qemu}/map_files/{range}"));
-    let file = BackingFile::open(&path, Access::ReadOnly).expect("the memory file");
+    let file = BackingFile::open(&path, access).expect("the memory file");
     let layout = Layout::pc(file.size(), MachineKind::I440fx).expect("its layout");
     FileRam::map(vec![file], layout).expect("the guest's memory")
 }

@@ -8,9 +8,12 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
 use serde_json::Value;
+use xftrace::kernel::{find_all, Symbols};
+use xftrace::ram::{Access, Gpa, GuestRam as _};
 use xftrace::session::FINDINGS_FILE;
 use xftrace_lab::{wait_for, Backing, Domain};
 
+use crate::keys::memory_for;
 use crate::lab::{StoredKernel, TestGuest, CONFIG};
 use crate::traced::Traced;
 
@@ -306,6 +309,51 @@ fn the_helper_finds_a_hook_by_itself_and_says_when_it_has_gone() {
         "{:?}",
         begun.elapsed()
     );
+}
+
+/// Where `struct xftrace_control` has the boot id (include/linux/xftrace.h).
+const BOOT_ID: u64 = 0x10;
+/// Longer than libvirt may take to note a reset.
+const A_WHILE: Duration = Duration::from_secs(7);
+
+#[test]
+fn a_boot_that_the_guest_only_claims_is_told_and_lets_nothing_go() {
+    let told = [
+        ("integrity", "sys_call_table[217]"),
+        ("boot-without-reset", ""),
+    ];
+    let mut watched = Watched::start(
+        &Domain {
+            backing: Backing::File,
+            ..Domain::new("claims")
+        },
+        INTERVAL,
+    );
+    watched.add_kernel();
+    watched.until("a look", |status| status["looks"] != 0);
+    let hook = "insmod /lib/modules/hook_syscall_table.ko";
+    watched.traced.run(hook).unwrap().success().unwrap();
+    watched.until("a finding", |status| {
+        status["last"]["findings"][0].is_object()
+    });
+    std::thread::sleep(A_WHILE);
+    assert_eq!(brief(&watched.findings()), told[..1]);
+
+    // As somebody in the guest would do it.
+    let ram = memory_for(&watched.traced, Access::ReadWrite);
+    let artifacts = watched.traced.lab().artifacts(watched.traced.kernel());
+    let symbols = Symbols::load(&artifacts.unwrap().system_map).expect("symbols");
+    let kernel = find_all(&ram, &symbols).expect("a kernel").remove(0);
+    let control = symbols.address("xftrace_control").expect("its place");
+    let boot_id = Gpa(kernel.image_gpa(control).0 + BOOT_ID);
+    let was = ram.read_u64(boot_id).expect("a boot id");
+    ram.write_u64(boot_id, was ^ 1).expect("written");
+    wait_for(SOON, || Ok((watched.findings().len() > 1).then_some(()))).unwrap();
+    let last = watched.looks(2)["last"].take();
+    assert_eq!(last["findings"][0]["place"], told[0].1, "{last:#}");
+    for all in [watched.findings(), watched.told(), watched.logged()] {
+        assert_eq!(brief(&all), told, "{all:#?}");
+    }
 }
 
 /// What a process does between two looks at it: how much of it is done each second.
