@@ -38,12 +38,9 @@ fn a_kernel_with_400_000_symbols_is_loaded_quickly() {
     std::fs::write(&file, map).expect("a file");
     let store = Store::at(&dir.path().join("store"));
     store.add(&file).expect("it is added");
-    let index = std::fs::read_dir(dir.path().join("store")).expect("the store");
-    let index = index.flatten().map(|entry| entry.path());
-    let index = index
-        .filter(|path| path.is_file())
-        .next()
-        .expect("an index");
+    let entries = std::fs::read_dir(dir.path().join("store")).expect("the store");
+    let mut paths = entries.flatten().map(|entry| entry.path());
+    let index = paths.find(|path| path.is_file()).expect("an index");
 
     let load = |_| {
         let begun = processor_time();

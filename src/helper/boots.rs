@@ -42,13 +42,10 @@ impl Engine {
 
     /// A kernel was found that lives.
     fn booted(&mut self) -> anyhow::Result<()> {
-        let Some(guest) = self.watch.guest.clone() else {
+        // Nothing is done on a guess. This is called again when it is none any more.
+        let Some(guest) = self.watch.known_guest().cloned() else {
             return Ok(());
         };
-        // Nothing is done on a guess. This is called again when it is none any more.
-        if self.watch.rivals().is_some() {
-            return Ok(());
-        }
         if let Some(again) = self.boots_said.say() {
             log::info!(
                 "found the guest's kernel: {} (slide {:#x}, {}-level paging){again}",

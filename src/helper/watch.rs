@@ -254,6 +254,11 @@ impl Watch {
         Ok(Seen::Same)
     }
 
+    /// The kernel, where it is no guess.
+    pub(super) fn known_guest(&self) -> Option<&Guest> {
+        self.guest.as_ref().filter(|_| self.rivals.is_none())
+    }
+
     /// Why the kernel that was taken may not be the one that runs.
     pub(super) fn rivals(&self) -> Option<&Rivals> {
         self.rivals.as_ref()
@@ -383,8 +388,9 @@ impl Watch {
 
     /// From now on the kernel is known to be where it is, unless that is a guess.
     fn note_place(&mut self) {
-        if let (Some(guest), None) = (&self.guest, &self.rivals) {
-            self.candidates.known_at(guest.kernel.phys_text);
+        let place = self.known_guest().map(|guest| guest.kernel.phys_text);
+        if let Some(place) = place {
+            self.candidates.known_at(place);
         }
     }
 

@@ -151,7 +151,7 @@ impl Patrol {
         self.host
             .stands_still
             .store(stands_still, Ordering::Relaxed);
-        let same = match (&self.told, &watch.guest) {
+        let same = match (&self.told, watch.known_guest()) {
             (Some((told, at)), Some(guest)) => *told == boot(guest) && Arc::ptr_eq(at, ram),
             (None, None) => true,
             _ => false,
@@ -164,7 +164,7 @@ impl Patrol {
         if same {
             return;
         }
-        let subject = watch.guest.as_ref().map(|guest| {
+        let subject = watch.known_guest().map(|guest| {
             let noted = self.noted(boot(guest), live);
             self.last = Some((boot(guest), Instant::now()));
             Arc::new(Subject {
@@ -174,8 +174,7 @@ impl Patrol {
             })
         });
         self.told = watch
-            .guest
-            .as_ref()
+            .known_guest()
             .map(|guest| (boot(guest), Arc::clone(ram)));
         let _ = self.to.send(subject);
     }
