@@ -70,7 +70,8 @@ impl Check {
                 "a constant of the kernel differs from its image; no kernel changes those"
             }
             Self::DataPointers => {
-                "a pointer that led to the kernel's code or constants now leads out of the kernel"
+                "a pointer that led to the kernel's code or to a table of functions now leads to \
+                 something else"
             }
             Self::Interrupts => {
                 "an interrupt or exception does not enter the kernel where it should"
