@@ -8,12 +8,17 @@
 //! that the file system is from. What is judged here is which table is used: a
 //! hook puts its own in the place of one. Which module a file system is from, the
 //! place of its `struct file_system_type` tells: one in the kernel's image is from
-//! none.
+//! none. Some are from two modules: the type's is built on another, which was loaded
+//! before it (vfat on fat, virtiofs on fuse), or is extended by another ([`EXTENDED`]).
 
 use super::finding::{Check, Finding, Report};
 use super::owner::Owners;
 use super::view::{Obstacle, View};
-use crate::kernel::Gva;
+use crate::kernel::{Gva, Module};
+
+/// Modules whose file systems have operations of a module that is loaded later, and by
+/// which names that goes.
+const EXTENDED: [(&str, &[&str]); 1] = [("nfs", &["nfsv2", "nfsv3", "nfsv4"])];
 
 /// Looks at files.
 pub(super) fn operations(view: &View<'_>, owners: &Owners, report: &mut Report) {
@@ -32,17 +37,21 @@ fn judge(
     place: &dyn Fn() -> String,
     at: Gva,
     table: Gva,
-    module: Option<Gva>,
+    module: Option<&Module>,
 ) {
-    let known = owners.modules.iter();
-    let theirs = |known: &&crate::kernel::Module| Some(known.at) == module;
-    let from_module = known
-        .clone()
-        .any(|known| known.holds(table) && theirs(&known));
-    if table.0 == 0 || view.in_constants(table) || from_module {
+    let holder = owners.modules.iter().find(|known| known.holds(table));
+    let may = match (holder, module) {
+        (Some(holder), Some(module)) => {
+            let extends = |(of, by): &(&str, &[&str])| {
+                *of == module.name && by.contains(&holder.name.as_str())
+            };
+            owners.may_serve(holder, module) || EXTENDED.iter().any(extends)
+        }
+        _ => false,
+    };
+    if table.0 == 0 || view.in_constants(table) || may {
         return;
     }
-    let holder = known.clone().find(|known| known.holds(table));
     let owner = match holder {
         Some(module) => format!("the module {}", module.name),
         None => owners.owner(view, table).to_string(),
@@ -82,7 +91,6 @@ fn mounts(
         let kind = follow(block, s_type)?;
         // Whose the type is, where it lies says, and not its own word for that.
         let module = owners.modules.iter().find(|module| module.holds(kind));
-        let module = module.map(|module| module.at);
         let name = view.text(follow(kind, name)?);
         let mut all = vec![("s_op", block, s_op)];
         // One that is being mounted or unmounted has no root.

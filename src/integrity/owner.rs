@@ -84,6 +84,13 @@ pub(super) struct Owners {
 type Claim = (Range<Gva>, String);
 
 impl Owners {
+    /// Whether a module may be what another one is built on: it was there when that
+    /// came. The list has the youngest first.
+    pub(super) fn may_serve(&self, module: &Module, other: &Module) -> bool {
+        let place = |of: &Module| self.modules.iter().position(|one| one.at == of.at);
+        place(module) >= place(other)
+    }
+
     pub(super) fn of(view: &View<'_>) -> Self {
         let mut owners = Self::made(view);
         let listed = view

@@ -266,12 +266,10 @@ impl<'a> Walk<'a, '_> {
         (at, function): (Gva, Gva),
         maker: Option<&Module>,
     ) {
-        let modules = &self.owners.modules;
-        let place = |of: &Module| modules.iter().position(|module| module.at == of.at);
-        let theirs = modules.iter().find(|module| module.has(function));
-        // The list has the youngest first, and a module calls those before it.
+        let mut modules = self.owners.modules.iter();
+        let theirs = modules.find(|module| module.has(function));
         let may = match (theirs, maker) {
-            (Some(theirs), Some(maker)) => place(theirs) >= place(maker),
+            (Some(theirs), Some(maker)) => self.owners.may_serve(theirs, maker),
             _ => false,
         };
         if !may && !self.view.in_text(function) {

@@ -330,3 +330,41 @@ fn tracers_of_linux_6_1_are_told_from_hooks() {
 fn tracers_of_a_stock_6_12_are_told_from_hooks() {
     tracers_are_told_from_hooks("tracers612", "stock-6.12-cloud");
 }
+
+/// An empty file system of FAT12, 32 KiB, and what mkfs.fat writes of it that the kernel
+/// goes by (Documentation/filesystems/vfat.rst; the fields are those of struct
+/// fat_boot_sector).
+fn fat() -> Vec<u8> {
+    let mut disk = vec![0; 32 << 10];
+    let mut put = |at: usize, bytes: &[u8]| disk[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, &[0xeb, 0x3c, 0x90]);
+    // Sectors of 512 bytes, one a cluster, one reserved; one table; 16 entries in the
+    // root; 64 sectors; a fixed disk; one sector a table.
+    put(0x0b, &[0, 2, 1, 1, 0, 1, 16, 0, 64, 0, 0xf8, 1, 0]);
+    put(0x1fe, &[0x55, 0xaa]);
+    put(0x200, &[0xf8, 0xff, 0xff]);
+    disk
+}
+
+/// The operations of a vfat are in fat.ko, and its type is in vfat.ko.
+#[test]
+fn a_file_system_of_two_modules_is_clean() {
+    let checked = Checked::start("vfat", "stock-6.12-cloud");
+    let guest = &checked.guest;
+    let run = |command: &str| guest.run(command).unwrap().success().unwrap();
+    for module in [
+        "drivers/block/loop",
+        "fs/nls/nls_cp437",
+        "fs/nls/nls_ascii",
+        "fs/fat/fat",
+        "fs/fat/vfat",
+    ] {
+        run(&format!("insmod {}", guest.put_module(module)));
+    }
+    // Most of it is zeros.
+    guest.put("/tmp/disk", &fat()[..1024]);
+    run("dd if=/dev/zero of=/tmp/disk bs=512 seek=2 count=62 && mkdir /tmp/mounted");
+    run("losetup /dev/loop0 /tmp/disk && mount -t vfat /dev/loop0 /tmp/mounted");
+    run("echo x > /tmp/mounted/file && cat /tmp/mounted/file");
+    checked.is_clean(checked.live());
+}

@@ -114,6 +114,31 @@ impl TestGuest {
         &LAB
     }
 
+    /// Makes a file in the guest. A command line of the agent's has 4 KiB.
+    pub(crate) fn put(&self, path: &str, bytes: &[u8]) {
+        let run = |command: &str| self.run(command).unwrap().success().unwrap();
+        run(&format!(": >{path}"));
+        for part in bytes.chunks(1024) {
+            let hex: String = part.iter().map(|byte| format!("{byte:02x}")).collect();
+            run(&format!("echo {hex} | xxd -r -p >>{path}"));
+        }
+    }
+
+    /// Puts a module of a stock kernel into the guest, such as `fs/fat/vfat`. Gives its
+    /// path there.
+    pub(crate) fn put_module(&self, module: &str) -> String {
+        let artifacts = LAB.artifacts(&self.kernel).expect("a kernel");
+        let file = artifacts.kernel_dir.join("modules/kernel");
+        let file = file.join(format!("{module}.ko.xz"));
+        let packed = std::fs::read(&file).unwrap_or_else(|error| panic!("{file:?}: {error}"));
+        let name = module.rsplit('/').next().unwrap_or_default();
+        let path = format!("/tmp/{name}.ko");
+        self.put(&format!("{path}.xz"), &packed);
+        let unpack = format!("unxz {path}.xz");
+        self.run(&unpack).unwrap().success().unwrap();
+        path
+    }
+
     /// Gives the store the kernel that it boots, as `xftrace symbols add` does.
     pub(crate) fn store_kernel(&self) -> StoredKernel {
         let boots = LAB.artifacts(&self.kernel).expect("a kernel").bzimage;

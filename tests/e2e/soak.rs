@@ -79,9 +79,9 @@ struct Soaked {
     keyed: bool,
     /// Whether there is a baseline by now.
     learnt: Cell<bool>,
-    /// A module that hooks nothing, as a file of the host's where the guest's
-    /// initramfs has none.
-    module: Option<PathBuf>,
+    /// A module that hooks nothing, of the kernel's own where the guest's initramfs
+    /// has none.
+    module: Option<&'static str>,
     _stored: StoredKernel,
 }
 
@@ -92,7 +92,6 @@ impl Soaked {
             backing: Backing::File,
             ..Domain::new(name)
         });
-        let artifacts = guest.lab().artifacts(kernel).unwrap();
         let keyed = !kernel.starts_with("stock-");
         let baseline = format!("soak-{kernel}");
         let functions = FUNCTIONS.join(",");
@@ -101,11 +100,7 @@ impl Soaked {
         if !keyed {
             options.push("--plain");
         }
-        let module = (!keyed).then(|| {
-            artifacts
-                .kernel_dir
-                .join("modules/kernel/drivers/net/dummy.ko.xz")
-        });
+        let module = (!keyed).then_some("drivers/net/dummy");
         let stored = guest.store_kernel();
         let traced = Traced::start_with(guest, &options);
         Soaked {
@@ -125,27 +120,18 @@ impl Soaked {
         if !guest.is_running().unwrap() {
             guest.start().unwrap();
         }
-        put(guest, "/bin/chores", CHORES.as_bytes());
+        guest.put("/bin/chores", CHORES.as_bytes());
         guest
             .run("chmod 755 /bin/chores")
             .unwrap()
             .success()
             .unwrap();
         let module = match &self.module {
-            Some(file) => {
-                let file = std::fs::read(file).unwrap_or_else(|error| panic!("{file:?}: {error}"));
-                put(guest, "/tmp/dummy.ko.xz", &file);
-                guest
-                    .run("unxz /tmp/dummy.ko.xz")
-                    .unwrap()
-                    .success()
-                    .unwrap();
-                "/tmp/dummy.ko"
-            }
-            None => "/lib/modules/calm.ko",
+            Some(file) => guest.put_module(file),
+            None => "/lib/modules/calm.ko".to_owned(),
         };
         for part in 0..plan.sessions {
-            let session = self.session(plan, seed * plan.sessions + part, module);
+            let session = self.session(plan, seed * plan.sessions + part, &module);
             each(&session);
             std::fs::remove_dir_all(&session).expect("a session");
         }
@@ -231,16 +217,6 @@ impl Soaked {
         let live = Session::open(session).expect("a session").findings();
         assert_eq!(live.expect("findings"), [], "while it was traced");
         flow["calls"].as_u64().expect("calls")
-    }
-}
-
-/// Makes a file in the guest. A command line of the agent's has 4 KiB.
-fn put(guest: &TestGuest, path: &str, bytes: &[u8]) {
-    guest.run(&format!(": >{path}")).unwrap().success().unwrap();
-    for part in bytes.chunks(1024) {
-        let hex: String = part.iter().map(|byte| format!("{byte:02x}")).collect();
-        let append = format!("echo {hex} | xxd -r -p >>{path}");
-        guest.run(&append).unwrap().success().unwrap();
     }
 }
 

@@ -3,7 +3,7 @@
 use super::super::finding::Report;
 use super::super::view::Obstacle;
 use super::super::{code, data, files, interrupts, Image};
-use super::{found, Fake, DATA, HEAP, MODULES, NOBODYS, TEXT, THEIRS};
+use super::{found, module, Fake, DATA, HEAP, MODULES, NOBODYS, TEXT, THEIRS};
 
 /// Where the list of BPF programs and that of their memory begin.
 const PROGRAMS: u64 = DATA;
@@ -190,6 +190,23 @@ fn a_file_system_is_from_where_its_type_lies() {
     assert_eq!(look(&mounted(MODULES + 0x4200, kernels)), 0);
     assert_eq!(look(&mounted(DATA + 0x200, modules)), 1);
     assert_eq!(look(&mounted(HEAP + 0x900, modules)), 1);
+}
+
+#[test]
+fn a_file_system_may_be_from_two_modules() {
+    let mut guest = mounted(MODULES + 0x4200, MODULES + 0x5100);
+    let mut look = |names: [&str; 2]| {
+        // The youngest comes first.
+        guest.modules = vec![module(names[0], 0, 4), module(names[1], 1, 5)];
+        let before = found(&guest.check(files::operations)).len();
+        guest.modules.reverse();
+        (before, found(&guest.check(files::operations)).len())
+    };
+    // What the type's module is built on, and what came after it.
+    assert_eq!(look(["vfat", "fat"]), (0, 1));
+    assert_eq!(look(["nfs", "nfsv4"]), (0, 0));
+    assert_eq!(look(["nfs", "nfsv5"]), (0, 1));
+    assert_eq!(look(["vfat", "nfsv4"]), (0, 1));
 }
 
 /// A kernel with a pointer in a variable that was built to lead to `built`.
