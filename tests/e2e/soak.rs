@@ -22,6 +22,8 @@ const MINUTES: &str = "XFTRACE_SOAK_MINUTES";
 
 /// The longest that the guest works in one session, seconds.
 const SESSION: u32 = 40;
+/// Boots that a baseline takes to converge, where the guest works for a short time.
+const LEARN: u32 = 6;
 /// How often the helper looks at the guest's memory by itself.
 const INTERVAL: &str = "1s";
 /// What the guest does, see there.
@@ -41,7 +43,8 @@ const FUNCTIONS: [&str; 8] = [
 
 /// How much is done.
 struct Plan {
-    /// Boots that are learnt from.
+    /// Boots that are learnt from at most: no more once the baseline has converged, as
+    /// docs/detection.md has people do it.
     learn: u32,
     /// Boots that are judged.
     judge: u32,
@@ -64,7 +67,7 @@ impl Plan {
         let boot = number(MINUTES).map_or(20, |minutes| 60 * minutes / judge);
         let sessions = boot.div_ceil(SESSION).max(1);
         Plan {
-            learn: (judge / 2).max(2),
+            learn: (judge / 2).max(LEARN),
             judge,
             sessions,
             work: Duration::from_secs(boot.div_ceil(sessions).into()),
@@ -223,14 +226,20 @@ impl Soaked {
 fn stays_clean(name: &str, kernel: &str) {
     let plan = Plan::named();
     let soaked = Soaked::enrol(name, kernel);
+    let converged = Cell::new(false);
     for boot in 0..plan.learn {
+        if converged.get() {
+            break;
+        }
         soaked.boot(&plan, boot, |session| {
             let mut learn = soaked.traced.xftrace(soaked.traced.dir());
             learn
                 .args(["baseline", "learn", &soaked.baseline])
                 .arg(session);
             let learn = learn.assert().success();
-            println!("{}", String::from_utf8_lossy(&learn.get_output().stdout));
+            let said = String::from_utf8_lossy(&learn.get_output().stdout);
+            println!("{said}");
+            converged.set(said.contains("; converged: "));
             soaked.learnt.set(true);
         });
     }
