@@ -145,6 +145,15 @@ impl Setting {
         drop(old);
     }
 
+    /// Until the helper follows a kernel, while the planted one's heart beats. Where it is.
+    pub(super) fn found_beside_planted(&mut self) -> Option<Gpa> {
+        self.until("a kernel", |setting| {
+            setting.beat_planted();
+            setting.place().is_some()
+        });
+        self.place()
+    }
+
     /// As if no helper had ever seen the guest's kernel.
     pub(super) fn forget_place(&self) {
         fs::remove_dir_all(self.dir.path().join("run")).expect("a directory");

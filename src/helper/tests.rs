@@ -393,21 +393,13 @@ fn a_helper_that_takes_over_goes_on_with_the_kernel_where_it_was() {
     let mut setting = Setting::new();
     assert!(matches!(setting.on(), Reply::On { .. }));
     setting.killed_and_started();
-    setting.until("a kernel", |setting| {
-        setting.beat_planted();
-        setting.place().is_some()
-    });
-    assert_eq!(setting.place(), Some(TRUE));
+    assert_eq!(setting.found_beside_planted(), Some(TRUE));
     setting.until("the session", |setting| setting.engine.trace.is_some());
     assert!(matches!(setting.ask(Request::Off), Reply::Off { .. }));
 
     // Without a session too.
     setting.killed_and_started();
-    setting.until("a kernel", |setting| {
-        setting.beat_planted();
-        setting.place().is_some()
-    });
-    assert_eq!(setting.place(), Some(TRUE));
+    assert_eq!(setting.found_beside_planted(), Some(TRUE));
     assert!(setting.engine.watch.rivals().is_none());
 }
 
@@ -417,11 +409,7 @@ fn what_may_be_a_copy_is_not_traced() {
     let mut setting = Setting::new();
     setting.forget_place();
     setting.killed_and_started();
-    setting.until("a kernel", |setting| {
-        setting.beat_planted();
-        setting.place().is_some()
-    });
-    assert_eq!(setting.place(), Some(PLANTED));
+    assert_eq!(setting.found_beside_planted(), Some(PLANTED));
     match setting.on() {
         Reply::Error { text } => assert!(text.starts_with("2 kernels seem to live"), "{text}"),
         reply => panic!("{reply:?}"),
@@ -463,11 +451,7 @@ fn a_guess_is_none_once_no_other_lives() {
     // It is known from then on, to other helpers too.
     setting.killed_and_started();
     setting.knobs.dead.store(false, Ordering::Release);
-    setting.until("a kernel", |setting| {
-        setting.beat_planted();
-        setting.place().is_some()
-    });
-    assert_eq!(setting.place(), Some(PLANTED));
+    assert_eq!(setting.found_beside_planted(), Some(PLANTED));
     assert!(setting.engine.watch.rivals().is_none());
 }
 

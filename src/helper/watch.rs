@@ -197,7 +197,7 @@ impl Watch {
     /// Looks at the guest.
     pub(super) fn look(&mut self, ram: &dyn GuestRam) -> Result<Seen, RamError> {
         let Some(guest) = &self.guest else {
-            return self.search(ram);
+            return self.now_and_then(ram, Self::search);
         };
         if !guest.link.is_there(ram)? {
             self.guest = None;
@@ -218,21 +218,17 @@ impl Watch {
         // It patches thousands of places for a command, and a slow host is slow at it.
         let patience = if self.busy() { WORK_LIMIT } else { SILENT };
         if self.silent() > patience {
-            return self.search(ram);
+            return self.now_and_then(ram, Self::search);
         }
         if self.rivals.is_some() {
-            return self.look_for_rivals(ram);
+            return self.now_and_then(ram, Self::look_for_rivals);
         }
         self.candidates.clear();
         Ok(Seen::Same)
     }
 
-    /// Whether the others still live, now and then.
+    /// Whether the others still live.
     fn look_for_rivals(&mut self, ram: &dyn GuestRam) -> Result<Seen, RamError> {
-        let begun = Instant::now();
-        if begun < self.search_at {
-            return Ok(Seen::Same);
-        }
         self.kernels(ram)?;
         let living = self.candidates.living(true);
         if let Some(rivals) = &mut self.rivals {
@@ -250,7 +246,6 @@ impl Watch {
                 return Ok(Seen::Booted);
             }
         }
-        self.search_at = Instant::now() + begun.elapsed().max(SEARCH_EVERY);
         Ok(Seen::Same)
     }
 
@@ -264,13 +259,17 @@ impl Watch {
         self.rivals.as_ref()
     }
 
-    /// Looks for a kernel that lives, now and then.
-    fn search(&mut self, ram: &dyn GuestRam) -> Result<Seen, RamError> {
+    /// Goes through memory for this, if it is time to again.
+    fn now_and_then(
+        &mut self,
+        ram: &dyn GuestRam,
+        what: fn(&mut Self, &dyn GuestRam) -> Result<Seen, RamError>,
+    ) -> Result<Seen, RamError> {
         let begun = Instant::now();
         if begun < self.search_at {
             return Ok(Seen::Same);
         }
-        let seen = self.search_now(ram);
+        let seen = what(self, ram);
         let rest = begun.elapsed().max(SEARCH_EVERY);
         self.search_at = Instant::now() + rest;
         seen
@@ -300,7 +299,8 @@ impl Watch {
         Ok((there, why))
     }
 
-    fn search_now(&mut self, ram: &dyn GuestRam) -> Result<Seen, RamError> {
+    /// Looks for a kernel that lives.
+    fn search(&mut self, ram: &dyn GuestRam) -> Result<Seen, RamError> {
         let (there, mut why) = self.kernels(ram)?;
         let living = self.candidates.living(self.guest.is_some());
         // Where none lives, what is wrong with one of them may tell why.

@@ -61,6 +61,12 @@ fn read(cpu: u16, time: u64, caller: Gva) -> [Item; 2] {
     ]
 }
 
+impl Sentry {
+    fn take_all(&mut self, items: impl IntoIterator<Item = Item>) {
+        items.into_iter().for_each(|item| self.take(item));
+    }
+}
+
 #[test]
 fn a_hook_is_found_live_and_told_of_once() {
     let mut sentry = Sentry::start(Baseline::new(BANNER)).expect("a thread");
@@ -86,9 +92,7 @@ fn code_that_the_guest_does_not_list_is_found_live() {
         since: 1,
         modules: Some(Vec::new()),
     }));
-    read(0, 5 * UNSURE_NS, MODULE)
-        .into_iter()
-        .for_each(|item| sentry.take(item));
+    sentry.take_all(read(0, 5 * UNSURE_NS, MODULE));
     let found = sentry.finish();
     let rules: Vec<Rule> = found.iter().map(|finding| finding.rule).collect();
     assert_eq!(
@@ -118,9 +122,7 @@ fn a_finding_has_the_names_that_the_guest_gives_by_then() {
         refused: 0,
         unread: None,
     }));
-    read(0, 5 * UNSURE_NS, MODULE)
-        .into_iter()
-        .for_each(|item| sentry.take(item));
+    sentry.take_all(read(0, 5 * UNSURE_NS, MODULE));
     let found = sentry.finish();
     assert_eq!(found[0].rule, Rule::UnknownModule, "{found:?}");
     let path = found[0].evidence.as_ref().map(|evidence| &evidence.path);
