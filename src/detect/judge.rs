@@ -5,8 +5,10 @@
 //! takes once in a million calls, and no baseline has seen them all. So what is
 //! new counts as a [`Severity::Warning`] only where it is a habit: the function
 //! was called [`MIN_CALLS`] times or more, and at least [`MIN_SEEN`] times and
-//! one time in [`MIN_SHARE`] it did the new thing. The rest is a notice. Bands
-//! are compared by medians, which a few outliers do not move.
+//! one time in [`MIN_SHARE`] it did the new thing. The rest is a notice. Modules
+//! that take part are critical, but where the baseline does not know the function at
+//! all: then they are what is only new. Bands are compared by medians, which a few
+//! outliers do not move.
 
 use std::collections::BTreeMap;
 
@@ -14,7 +16,7 @@ use super::baseline::{self, Baseline, Pace};
 use super::finding::{Evidence, Finding};
 use super::profile::{Example, Function, Profile, Root, Seen};
 use super::rules::{Rule, Severity};
-use super::site::{is_dispatcher, is_system_call, Label, Site, MODULE, UNLISTED};
+use super::site::{is_dispatcher, is_system_call, Label, Site};
 use super::{MIN_CALLS, MIN_SEEN, MIN_SHARE};
 use crate::output::WallClock;
 
@@ -121,7 +123,8 @@ impl Judge<'_> {
             let by = baseline::module(site);
             let severity = match known {
                 Some(Some(known)) if known.from_modules.contains(&by) => continue,
-                Some(_) => Severity::Critical,
+                Some(Some(_)) => Severity::Critical,
+                Some(None) => habit(seen.count, function.calls),
                 None if matches!(site, Site::Module(Some(_))) => continue,
                 None => Severity::Notice,
             };
@@ -196,8 +199,10 @@ impl Judge<'_> {
                 _ if learnt => continue,
                 Label::MODULE | Label::UNLISTED => {
                     let severity = match self.baseline {
-                        Some(_) if ![MODULE, UNLISTED].contains(&&*name) => Severity::Critical,
-                        _ => Severity::Notice,
+                        None => Severity::Notice,
+                        Some(_) if label.is_nameless_module() => Severity::Notice,
+                        Some(_) if known.is_some() => Severity::Critical,
+                        Some(_) => habit(seen.count, calls),
                     };
                     let rule = match callee {
                         Label::UNLISTED => Rule::UnlistedModule,

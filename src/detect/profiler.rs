@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use super::profile::{note, Example, Function, Profile, ProfileLimits, Seen, Silence, Step};
-use super::site::{is_system_call, Label, Site};
+use super::site::{is_system_call, loads_modules, Label, Site};
 use crate::callflow::{Closed, Event, Fit, Happening, Kind, Opened, Place, Spent};
 use crate::ring::record::{Comm, Task};
 use crate::session::ModuleHistory;
@@ -45,6 +45,8 @@ struct Frame<'n> {
     crowded: bool,
     /// It was made from outside any traced call.
     root: bool,
+    /// It is, or lies below, what sets a module up or ends it.
+    loading: bool,
     below: u64,
     nested: bool,
     callees: Vec<Label>,
@@ -216,10 +218,8 @@ impl<'n> Profiler<'n> {
             return;
         }
         self.profile.calls += 1;
-        let label = match self.is_unlisted(event, &call.func) {
-            true => Label::UNLISTED,
-            false => self.profile.labels.of(&call.func),
-        };
+        let of_name = self.profile.labels.of(&call.func);
+        let unlisted = self.is_unlisted(event, &call.func);
         let caller = told(call);
         let site = caller.map(|caller| match self.is_unlisted(event, &caller) {
             true => Site::Unlisted,
@@ -229,6 +229,13 @@ impl<'n> Profiler<'n> {
             .stacks
             .entry(Self::key(&call.task, event.cpu))
             .or_default();
+        let loading = stack.last().is_some_and(|around| around.loading);
+        let label = match of_name {
+            Label::MODULE if loading => Label::LOADING,
+            _ if unlisted && loading => Label::LOADING,
+            _ if unlisted => Label::UNLISTED,
+            of_name => of_name,
+        };
         let mut frame = Frame {
             id: call.id,
             label,
@@ -240,6 +247,7 @@ impl<'n> Profiler<'n> {
             holed: false,
             crowded: false,
             root: call.depth == 0,
+            loading: loading || loads_modules(self.profile.labels.name(label)),
             below: 0,
             nested: false,
             callees: Vec::new(),
@@ -255,7 +263,7 @@ impl<'n> Profiler<'n> {
             return;
         }
         let losses = self.losses;
-        frame.nested = ![Label::MODULE, Label::UNLISTED].contains(&label)
+        frame.nested = !label.is_nameless_module()
             && stack
                 .iter()
                 .any(|around| around.label == label && around.losses == losses);
@@ -276,6 +284,10 @@ impl<'n> Profiler<'n> {
             }
         }
         match site {
+            // A module that sets itself up calls what it likes, for the first time ever
+            // too, and may be gone before anyone sees it on the list. What it leaves
+            // behind is judged.
+            Some(Site::Module(_) | Site::Unlisted) if loading => {}
             Some(site @ (Site::Module(_) | Site::Unlisted)) => {
                 let function = profile.functions.entry(label).or_default();
                 room &= note(&mut function.from_modules, edges, limit, site, example);

@@ -22,6 +22,13 @@ impl Label {
     pub(crate) const EDGE: Self = Self(3);
     /// Code in the module area that is no module's of the guest's own list.
     pub(crate) const UNLISTED: Self = Self(4);
+    /// Code in the module area that runs while a module sets itself up or down.
+    pub(crate) const LOADING: Self = Self(5);
+
+    /// Whether it stands for code in the module area that has no name of its own.
+    pub(crate) fn is_nameless_module(self) -> bool {
+        [Self::MODULE, Self::UNLISTED, Self::LOADING].contains(&self)
+    }
 }
 
 /// The names behind the labels. They are those of the symbol file, so that
@@ -38,13 +45,15 @@ pub(crate) const MODULE: &str = "(module area)";
 pub(crate) const OUTSIDE: &str = "(outside)";
 /// The name of [`Label::UNLISTED`], and of a return address there.
 pub(crate) const UNLISTED: &str = "(unlisted code)";
+/// The name of [`Label::LOADING`].
+const LOADING: &str = "(module that loads)";
 /// The name of [`Label::EDGE`].
 pub(crate) const EDGE: &str = "-";
 
 impl<'n> Labels<'n> {
     pub(crate) fn new() -> Self {
         Self {
-            names: vec![MODULE, OUTSIDE, "(kernel text)", EDGE, UNLISTED],
+            names: vec![MODULE, OUTSIDE, "(kernel text)", EDGE, UNLISTED, LOADING],
             numbers: HashMap::new(),
         }
     }
@@ -141,6 +150,18 @@ const DISPATCHERS: [&str; 10] = [
     "do_syscall_x64",
     "do_syscall_32_irqs_on",
 ];
+
+/// Whether what is called below a function is a module that sets itself up, or ends:
+/// `do_init_module` and `delete_module` call its functions (kernel/module/main.c).
+pub(crate) fn loads_modules(name: &str) -> bool {
+    [
+        "do_init_module",
+        "__do_sys_delete_module",
+        "__x64_sys_delete_module",
+        "__ia32_sys_delete_module",
+    ]
+    .contains(&name)
+}
 
 /// Whether a return address is one that a system call's function may have: it
 /// lies in kernel text, in one of the dispatchers.

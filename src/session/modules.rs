@@ -12,7 +12,9 @@
 //! **Around a change nothing is told.** A module that starts has code that is
 //! gone when it has started, which no look may have seen, and looks come some
 //! time after what they tell. So for [`UNSURE_NS`] before and behind a change,
-//! code that is on neither list is neither listed nor unlisted.
+//! code that is on neither list is neither listed nor unlisted. Nor is it where
+//! nobody looked for longer than that, as on a host that is overloaded: a module may
+//! have come and gone ([`ModuleLook::unseen_since`]).
 //!
 //! What the functions of a module are called is read once for each time that it
 //! was loaded, and noted beside the list: `module-symbols.jsonl`, which [`names`]
@@ -87,8 +89,21 @@ pub struct ModuleLook {
     pub boot: u32,
     /// Since when it is known, guest trace clock, nanoseconds.
     pub since: u64,
+    /// Where the look before was more than [`UNSURE_NS`] ago, when that was, guest
+    /// trace clock: the list may have changed since, more than once, and be what it
+    /// was again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unseen_since: Option<u64>,
     /// The modules; none where the list could not be read any more.
     pub modules: Option<Vec<Listed>>,
+}
+
+impl ModuleLook {
+    /// From when on what it tells may have come to pass.
+    fn after(&self) -> u64 {
+        self.unseen_since
+            .map_or(self.since, |seen| seen.min(self.since))
+    }
 }
 
 /// The lists of a session, in their order.
@@ -102,6 +117,7 @@ impl ModuleHistory {
         let looks = self.0.entry(look.boot).or_default();
         if let Some(last) = looks.last() {
             look.since = look.since.max(last.since);
+            look.unseen_since = look.unseen_since.map(|seen| seen.max(last.since));
         }
         looks.push(look);
     }
@@ -122,7 +138,7 @@ impl ModuleHistory {
         );
         // The one that held at the beginning, and all that came until the end.
         let first = looks.partition_point(|look| look.since <= from);
-        let end = looks.partition_point(|look| look.since <= to);
+        let end = looks.partition_point(|look| look.after() <= to);
         let held = looks.get(first.saturating_sub(1)..end)?;
         let has = |look: &ModuleLook| look.modules.iter().flatten().any(|module| module.has(at));
         if held.iter().any(has) {
@@ -167,6 +183,7 @@ mod tests {
         ModuleLook {
             boot: 1,
             since: since * SECOND,
+            unseen_since: None,
             modules: names.map(|names| names.iter().map(listed).collect()),
         }
     }
@@ -205,6 +222,27 @@ mod tests {
     }
 
     #[test]
+    fn nothing_is_told_of_a_time_when_nobody_looked() {
+        let mut history = ModuleHistory::default();
+        history.push(look(10, Some(&[("ext4", EXT4)])));
+        history.push(ModuleLook {
+            unseen_since: Some(20 * SECOND),
+            ..look(25, Some(&[("ext4", EXT4)]))
+        });
+        for (second, ext4, other) in [
+            (18, Some(true), Some(false)),
+            (19, Some(true), None),
+            (22, Some(true), None),
+            (25, Some(true), None),
+            (26, Some(true), Some(false)),
+        ] {
+            let listed = |at| history.listed(1, Gva(at), second * SECOND);
+            let told = (listed(EXT4), listed(OTHER));
+            assert_eq!(told, (ext4, other), "after {second} s");
+        }
+    }
+
+    #[test]
     fn a_list_that_could_never_be_read_is_none() {
         let mut history = ModuleHistory::default();
         assert!(history.is_empty());
@@ -221,6 +259,7 @@ mod tests {
         history.push(look(20, Some(&[("ext4", EXT4)])));
         history.push(look(10, Some(&[])));
         let mut odd = look(30, Some(&[("odd", EXT4)]));
+        odd.unseen_since = Some(u64::MAX);
         odd.modules.iter_mut().flatten().for_each(|module| {
             module.code = vec![(u64::MAX, 0), (5, 5)];
         });

@@ -415,6 +415,7 @@ mod tests {
         let look = ModuleLook {
             boot: 1,
             since: 5,
+            unseen_since: None,
             modules: Some(Vec::new()),
         };
         let note = |writer: &mut SessionWriter| {

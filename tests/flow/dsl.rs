@@ -25,6 +25,9 @@ const FUNCTIONS: &[&str] = &[
     "handle_irq",
     "tick_handle",
     "nasty\u{1b}[2Jsymbol\u{9b}",
+    "__x64_sys_finit_module",
+    "do_init_module",
+    "do_one_initcall",
 ];
 /// The one in interrupt entry text.
 const IRQ_ENTRY: &str = "sysvec_apic_timer_interrupt";

@@ -12,6 +12,15 @@ const READ: Gva = Gva(0xffff_ffff_8100_0040);
 const DISPATCHER: Gva = Gva(0xffff_ffff_8100_0099);
 const MODULE: Gva = Gva(0xffff_ffff_c000_1234);
 
+/// A clean guest's, which reads.
+fn baseline() -> Baseline {
+    let mut baseline = Baseline::new(BANNER);
+    baseline
+        .functions
+        .insert("__x64_sys_read".to_owned(), Default::default());
+    baseline
+}
+
 fn kernel() -> Kernel {
     Kernel {
         boot: 1,
@@ -69,7 +78,7 @@ impl Sentry {
 
 #[test]
 fn a_hook_is_found_live_and_told_of_once() {
-    let mut sentry = Sentry::start(Baseline::new(BANNER)).expect("a thread");
+    let mut sentry = Sentry::start(baseline()).expect("a thread");
     sentry.boot(kernel());
     for round in 0..5 {
         for item in read(0, 100 * round, MODULE) {
@@ -85,11 +94,12 @@ fn a_hook_is_found_live_and_told_of_once() {
 
 #[test]
 fn code_that_the_guest_does_not_list_is_found_live() {
-    let mut sentry = Sentry::start(Baseline::new(BANNER)).expect("a thread");
+    let mut sentry = Sentry::start(baseline()).expect("a thread");
     sentry.boot(kernel());
     sentry.modules(OfModules::List(ModuleLook {
         boot: 1,
         since: 1,
+        unseen_since: None,
         modules: Some(Vec::new()),
     }));
     sentry.take_all(read(0, 5 * UNSURE_NS, MODULE));
@@ -104,11 +114,12 @@ fn code_that_the_guest_does_not_list_is_found_live() {
 
 #[test]
 fn a_finding_has_the_names_that_the_guest_gives_by_then() {
-    let mut sentry = Sentry::start(Baseline::new(BANNER)).expect("a thread");
+    let mut sentry = Sentry::start(baseline()).expect("a thread");
     sentry.boot(kernel());
     sentry.modules(OfModules::List(ModuleLook {
         boot: 1,
         since: 1,
+        unseen_since: None,
         modules: Some(vec![Listed {
             name: "hook".to_owned(),
             code: vec![(MODULE.0 - 0x234, MODULE.0 + 0x100)],
@@ -207,6 +218,7 @@ fn a_boot_waits_for_a_place_and_the_engine_does_not() {
         OfModules::List(ModuleLook {
             boot: 1,
             since,
+            unseen_since: None,
             modules: None,
         })
     };

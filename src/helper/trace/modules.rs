@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use crate::kernel::btf::Btf;
 use crate::kernel::{Module, ModuleList, ModulesError};
 use crate::ram::GuestRam;
-use crate::session::{ModuleLook, ModuleSymbols, SETTLE};
+use crate::session::{ModuleLook, ModuleSymbols, SETTLE, UNSURE_NS};
 
 use super::super::ratelimit::RateLimit;
 use super::super::watch::{Guest, Watch};
@@ -42,6 +42,8 @@ pub(super) struct Modules {
 struct Looks {
     /// The list as it was written down last.
     last: Option<ModuleLook>,
+    /// When it was read last, guest trace clock, nanoseconds.
+    seen: Option<u64>,
     looked: Option<Instant>,
     rest: Rest,
     failures: u32,
@@ -80,6 +82,7 @@ impl Looks {
     fn new() -> Self {
         Self {
             last: None,
+            seen: None,
             looked: None,
             rest: Rest::default(),
             failures: 0,
@@ -88,8 +91,9 @@ impl Looks {
         }
     }
 
-    /// Looks, if it is time to. The list where it has changed, `None` in it where it
-    /// can be read no more. `number` gives a number to a load that is new.
+    /// Looks, if it is time to. The list where it has changed, or may have without
+    /// anyone looking; `None` in it where it can be read no more. `number` gives a
+    /// number to a load that is new.
     fn look(
         &mut self,
         read: impl FnOnce() -> Result<Vec<Module>, ModulesError>,
@@ -127,12 +131,16 @@ impl Looks {
             }
         };
         let known = self.last.as_ref().map(|last| &last.modules);
-        if known == Some(&modules) {
+        let known = known == Some(&modules);
+        let seen = modules.as_ref().and_then(|_| self.seen.replace(since));
+        let unseen_since = seen.filter(|seen| since.saturating_sub(*seen) > UNSURE_NS);
+        if known && unseen_since.is_none() {
             return None;
         }
         let look = ModuleLook {
             boot,
             since,
+            unseen_since,
             modules,
         };
         self.last = Some(look.clone());
@@ -274,6 +282,27 @@ mod tests {
         looks.looked = None;
         assert!(looked(&mut looks, took, Err(ModulesError::TooLong)));
         assert!(!looks.rest.is_over(Instant::now() + 8 * took));
+    }
+
+    #[test]
+    fn a_look_that_comes_late_is_noted() {
+        let mut looks = Looks::new();
+        let mut look = |clock: u64, list: Result<(), ModulesError>| {
+            looks.looked = None;
+            looks.rest.end();
+            let read = || list.map(|()| Vec::new());
+            looks.look(read, 1, clock, || 1)
+        };
+        let begun = 7 * UNSURE_NS;
+        let first = look(begun, Ok(())).expect("a list that is new");
+        assert_eq!(first.unseen_since, None);
+        let soon = begun + UNSURE_NS;
+        assert_eq!(look(soon, Ok(())), None);
+        // One that fails has seen nothing.
+        assert_eq!(look(soon + UNSURE_NS, Err(ModulesError::TooLong)), None);
+        let late = look(soon + UNSURE_NS + 1, Ok(())).expect("a look that is late");
+        assert_eq!(late.unseen_since, Some(soon));
+        assert_eq!(late.modules, Some(Vec::new()));
     }
 
     #[test]

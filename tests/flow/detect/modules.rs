@@ -43,6 +43,73 @@ fn a_function_in_a_module_is_found_as_a_callee() {
     assert_eq!(alarms(&check(&hooked, None)), []);
 }
 
+/// A module that sets itself up `often` times: it calls `vfs_read`, which calls it.
+fn loads(often: u64) -> Vec<Item> {
+    guest(often, |story, _| {
+        story
+            .call("__x64_sys_finit_module")
+            .call("do_init_module")
+            .call("do_one_initcall")
+            .call_at(IN_MODULE, Gva(address("do_one_initcall").0 + 9))
+            .call_from("vfs_read", IN_MODULE)
+            .call_at(IN_MODULE, Gva(address("vfs_read").0 + 9))
+            .ret()
+            .ret()
+            .ret()
+            .ret()
+            .ret()
+            .ret();
+    })
+}
+
+#[test]
+fn a_module_that_sets_itself_up_is_no_hook() {
+    let mut known = learn(&clean());
+    // Whether or not the guest has loaded one while it was learnt: such a guest loads
+    // modules now and then, and others than these.
+    let without = loads(1);
+    assert_eq!(alarms(&check(&without, Some(&known))), []);
+    known.merge(&learn(&loads(1))).expect("one kernel");
+    for loaded in [without, loads(MIN_CALLS / 2)] {
+        assert_eq!(alarms(&check(&loaded, Some(&known))), []);
+        // It may come and go between two looks at the list.
+        let hidden = judge(&with_list(&loaded, &[]), Some(&known), &Clock);
+        assert_eq!(alarms(&hidden), []);
+    }
+    // What it leaves behind has no such leave, and to have learnt the one is to have
+    // learnt nothing of the other.
+    let left = guest(1, |story, _| {
+        read_with(story, |story| {
+            story
+                .call_at(IN_MODULE, Gva(address("vfs_read").0 + 9))
+                .ret();
+        });
+    });
+    assert_eq!(alarms(&check(&left, Some(&known))), [Rule::UnknownModule]);
+}
+
+#[test]
+fn a_function_that_was_not_learnt_counts_once_it_has_a_habit() {
+    let known = learn(&guest(2 * MIN_CALLS, |_, _| {}));
+    let read = |story: &mut Story| {
+        read_with(story, |story| {
+            story.call_from("getname", IN_MODULE).ret();
+            story
+                .call_at(IN_MODULE, Gva(address("vfs_read").0 + 9))
+                .ret();
+        });
+    };
+    let judged = |often| check(&guest(often, |story, _| read(story)), Some(&known));
+    let rare = judged(MIN_CALLS / 2);
+    let of_vfs_read = |found: &[Finding]| {
+        let found = by(found, Rule::UnknownModule);
+        let of = found.iter().find(|found| found.subject == "vfs_read");
+        of.expect("a finding").severity
+    };
+    assert_eq!(of_vfs_read(&rare), Severity::Notice);
+    assert_eq!(of_vfs_read(&judged(2 * MIN_CALLS)), Severity::Warning);
+}
+
 /// A guest with a list of modules from the beginning on. Its records begin when
 /// the list is old enough to tell.
 fn with_list(items: &[Item], code: &[(u64, u64)]) -> Profile<'static> {
@@ -64,6 +131,7 @@ fn with_list_and_names<'n>(
     history.push(ModuleLook {
         boot: 1,
         since: 0,
+        unseen_since: None,
         modules: Some(code.iter().map(listed).collect()),
     });
     let mut profiler = Profiler::new(ProfileLimits::default());

@@ -20,6 +20,7 @@ fn look(second: u64, modules: &[Listed]) -> ModuleLook {
     ModuleLook {
         boot: 1,
         since: second * SECOND,
+        unseen_since: None,
         modules: Some(modules.to_vec()),
     }
 }
