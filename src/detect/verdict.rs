@@ -300,6 +300,10 @@ fn compare_roots(
     }
 }
 
+/// In how many ways the guest was caught at one thing that are told apart: it may shut any
+/// gates it likes.
+const WAYS: usize = 16;
+
 /// What the helper caught the guest at while it was traced, and forged records.
 fn caught(session: &Session, tally: &Tally) -> Result<Vec<Finding>, SessionError> {
     let mut all: Vec<Finding> = Vec::new();
@@ -317,6 +321,7 @@ fn caught(session: &Session, tally: &Tally) -> Result<Vec<Finding>, SessionError
         ));
     }
     for finding in session.findings()? {
+        let kept_out;
         let (rule, subject, what) = match finding.kind {
             FindingKind::KeyChanged(tamper) => (
                 Rule::KeyTouched,
@@ -343,20 +348,21 @@ fn caught(session: &Session, tally: &Tally) -> Result<Vec<Finding>, SessionError
                 "tracer",
                 "the tracer was off while the trace was on",
             ),
-            FindingKind::RecordingOff => (
-                Rule::RecordingOff,
-                "trace buffer",
-                "recording was off while the trace was on",
-            ),
+            FindingKind::RecordingOff { gate } => {
+                let by = gate.map_or_else(String::new, |gate| format!(", by {gate}"));
+                kept_out = format!("recording was off while the trace was on{by}");
+                (Rule::RecordingOff, "trace buffer", &*kept_out)
+            }
             FindingKind::BufferSwapped => (
                 Rule::BufferSwapped,
                 "trace buffer",
                 "the trace buffer was swapped for another while the trace was on",
             ),
         };
+        let of_rule = all.iter().filter(|known| known.rule == rule).count();
         match all
             .iter_mut()
-            .find(|known| known.rule == rule && known.what == what)
+            .find(|known| known.rule == rule && (known.what == what || of_rule >= WAYS))
         {
             Some(known) => known.count += 1,
             None => all.push(bare(rule, subject, what.to_owned(), 1)),

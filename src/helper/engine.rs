@@ -77,9 +77,8 @@ pub(super) struct Engine {
     pub(super) buffer_kb: u32,
     pub(super) status: Arc<Mutex<Status>>,
     pub(super) status_at: Instant,
-    /// When it was last told that the tracer, or recording, is off; none while
-    /// it is on.
-    pub(super) told_off: [Option<Instant>; 2],
+    /// When it was last told that the tracer is off; none while it is on.
+    told_off: Option<Instant>,
     pub(super) start_done: bool,
     /// A kernel was found and not yet seen to.
     pub(super) boot_due: bool,
@@ -156,7 +155,7 @@ impl Engine {
             buffer_kb: 0,
             status: Arc::new(Mutex::new(status)),
             status_at: Instant::now(),
-            told_off: [None; 2],
+            told_off: None,
             start_done: false,
             boot_due: false,
             boot_look: BootLook::default(),
@@ -322,29 +321,32 @@ impl Engine {
         }
     }
 
-    /// Tells when somebody in the guest switched the tracer off, or its kernel
-    /// says that its switch is no longer on.
+    /// Tells when somebody in the guest switched the tracer off or keeps records out of
+    /// the ring, or its kernel says that its switch is no longer on.
     fn notice_tracer_off(&mut self) {
         let (Some(trace), Some(_)) = (&mut self.trace, &self.wanted) else {
             return;
         };
-        let Some((tracer, recording)) = trace.tracing(&self.watch) else {
-            return;
-        };
-        let looked_at = [
-            (tracer, FindingKind::TracerOff),
-            (recording, FindingKind::RecordingOff),
-        ];
-        for ((is_on, kind), told) in looked_at.into_iter().zip(&mut self.told_off) {
-            if is_on {
-                *told = None;
-            } else if told.is_none_or(|at| at.elapsed() > TELL_EVERY) {
-                *told = Some(Instant::now());
-                trace.finding(Finding {
-                    wall_ns: wall_ns(),
-                    kind,
-                });
+        let is_on = trace.tracing(&self.watch);
+        let says_on = is_on.map(|(_, recording)| recording);
+        let recording = trace.recording_off(&self.watch, says_on);
+        let soon = |at: Instant| at.elapsed() <= TELL_EVERY;
+        let tracer = match is_on {
+            Some((true, _)) => {
+                self.told_off = None;
+                None
             }
+            Some((false, _)) if !self.told_off.is_some_and(soon) => {
+                self.told_off = Some(Instant::now());
+                Some(FindingKind::TracerOff)
+            }
+            _ => None,
+        };
+        for kind in recording.into_iter().chain(tracer) {
+            trace.finding(Finding {
+                wall_ns: wall_ns(),
+                kind,
+            });
         }
     }
 

@@ -5,18 +5,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::kernel::control::SwitchState;
-use crate::kernel::stock::{StockError, TraceArray};
+use crate::kernel::stock::StockError;
 use crate::keys::{KeyError, KeyHistory, Klog, KlogError};
 use crate::ram::GuestRam;
 use crate::ring::record::What;
-use crate::ring::{Chunk, Decoder, Drained, Gap, RingError, RingReader};
+use crate::ring::{Chunk, Decoder, Drained, Gap, RingError};
 use crate::session::{
     Boot, EndReason, Finding, FindingKind, GuestCode, Meta, SessionError, SessionWriter, State,
     SwitchChange, KLOG_FILE,
 };
 
-use super::clocks::Clocks;
 use super::keyring::{KeyThread, Keys};
 use super::link::{Link, LinkError};
 use super::notify::log_limit;
@@ -25,12 +23,14 @@ use super::sentry::Sentry;
 use super::watch::{wall_ns, Guest, Watch};
 
 mod found;
+mod gates;
+mod live;
 mod loads;
 mod modules;
 mod rest;
 
 use found::Judging;
-use modules::Modules;
+use live::Live;
 
 /// How often `session.json` is brought up to date.
 const SAVE_EVERY: Duration = Duration::from_secs(1);
@@ -91,26 +91,6 @@ pub(super) struct Closed {
     pub(super) saved: bool,
 }
 
-/// What belongs to one boot of the guest.
-struct Live {
-    guest: Guest,
-    reader: RingReader,
-    decoder: Decoder,
-    /// In plain mode.
-    plain: Option<Plain>,
-    /// The guest's own list of modules, where it can be found.
-    modules: Option<Modules>,
-}
-
-/// What is kept of a kernel without the patch while it is traced.
-struct Plain {
-    array: TraceArray,
-    /// What recording was switched to.
-    recording: bool,
-    /// Its trace clock, as its newest records have it.
-    clocks: Clocks,
-}
-
 impl Trace {
     /// Begins a session in `dir` for a guest that is not traced yet, and hands
     /// the guest its first key.
@@ -169,13 +149,7 @@ impl Trace {
                         decoder.resume_after(chunk, history, &code);
                     }
                 });
-                trace.live = Some(Live {
-                    guest: guest.clone(),
-                    reader,
-                    decoder,
-                    plain: array.map(Plain::new),
-                    modules: Modules::of(&*trace.ram, guest),
-                });
+                trace.live = Some(Live::new(&*trace.ram, guest, reader, array, decoder));
             }
             None => trace.boot(guest, watch)?,
         }
@@ -243,13 +217,8 @@ impl Trace {
             found_ns: wall_ns(),
             clocks: watch.clocks(),
         });
-        self.live = Some(Live {
-            guest: guest.clone(),
-            reader,
-            decoder: Decoder::new(guest.link.format(), number),
-            plain: array.map(Plain::new),
-            modules: Modules::of(&*self.ram, guest),
-        });
+        let decoder = Decoder::new(guest.link.format(), number);
+        self.live = Some(Live::new(&*self.ram, guest, reader, array, decoder));
         self.tell_boot();
         match (&self.keys, &guest.link) {
             (Keys::Handed(keys), Link::Keyed(control)) if number > 1 => {
@@ -364,6 +333,9 @@ impl Trace {
                 }
             });
         });
+        if newest.is_some() {
+            live.gates.gave(chunk.cpu);
+        }
         if let (Some(plain), Some(newest)) = (&mut live.plain, newest) {
             plain.clocks.note(newest);
         }
@@ -474,50 +446,6 @@ impl Trace {
         self.keys.thread().is_none_or(KeyThread::ready)
     }
 
-    /// In plain mode, the trace begins here: what the guest recorded since its
-    /// boot is older.
-    fn begin_plain(&mut self) -> Result<(), TraceError> {
-        self.record(false)?;
-        let Some(live) = &mut self.live else {
-            return Ok(());
-        };
-        let mut earlier = Vec::new();
-        live.reader
-            .begin_here(&*self.ram, &mut |chunk| earlier.push(chunk))?;
-        if let Some(counts) = &mut self.writer.meta.guest_counts {
-            counts.begin(live.reader.written(&*self.ram));
-        }
-        for chunk in earlier {
-            self.take(&chunk);
-        }
-        Ok(())
-    }
-
-    /// In plain mode, has the guest's ring take records, or not.
-    pub(super) fn record(&mut self, on: bool) -> Result<(), TraceError> {
-        if let Some(plain) = self.live.as_mut().and_then(|live| live.plain.as_mut()) {
-            plain.array.record(&*self.ram, on)?;
-            plain.recording = on;
-        }
-        Ok(())
-    }
-
-    /// Whether the guest's tracer still is what was switched on, and whether
-    /// its ring takes records; `None` if that cannot be told now. To be asked
-    /// only while the guest is wanted on.
-    pub(super) fn tracing(&self, watch: &Watch) -> Option<(bool, bool)> {
-        let live = self.live.as_ref()?;
-        if let (Link::Plain(stock), Some(plain)) = (&live.guest.link, &live.plain) {
-            let tracer = stock.still_traces(&*self.ram, &plain.array).ok()?;
-            let recording = plain.array.recording(&*self.ram).ok()?;
-            return plain.recording.then_some((tracer, recording));
-        }
-        let beat = watch.heartbeat()?;
-        let tracer = beat.tracer && beat.state != SwitchState::Off;
-        let recording = beat.recording && beat.state == SwitchState::On;
-        (!watch.busy()).then_some((tracer, recording))
-    }
-
     /// Notes a turn of the switch.
     pub(super) fn switched(&mut self, change: SwitchChange) {
         self.writer.meta.switches.push(change);
@@ -556,16 +484,6 @@ impl Trace {
             dir: self.writer.dir().to_owned(),
             meta: self.writer.meta,
             saved: result.is_ok(),
-        }
-    }
-}
-
-impl Plain {
-    fn new(array: TraceArray) -> Self {
-        Self {
-            array,
-            recording: false,
-            clocks: Clocks::default(),
         }
     }
 }

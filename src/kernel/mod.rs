@@ -30,6 +30,7 @@ pub mod control;
 mod escape;
 mod executable;
 mod find;
+pub mod gates;
 mod identify;
 mod image;
 mod modules;

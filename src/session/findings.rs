@@ -42,8 +42,12 @@ pub enum FindingKind {
     },
     /// The guest's tracer is not function_graph while the trace is on.
     TracerOff,
-    /// The guest's ring buffer takes no records while the trace is on.
-    RecordingOff,
+    /// The guest's ring buffer, or a part of it, takes no records while the trace is on.
+    RecordingOff {
+        /// What keeps them out, where that is known.
+        #[serde(skip_serializing_if = "Option::is_none", default)]
+        gate: Option<String>,
+    },
     /// The guest's ring buffer was swapped for another one (a snapshot) while
     /// the trace is on. Both are read; but of two swaps between two looks one
     /// goes unseen, and what was recorded between them is out of its order.

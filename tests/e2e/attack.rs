@@ -315,6 +315,79 @@ fn a_tracer_switched_off_in_the_guest_is_told() {
     assert_eq!(kinds, ["recording-off", "tracer-off"]);
 }
 
+/// Records can be kept out by more than the buffer's switch. Each way is named within
+/// seconds, and what the guest's users may do to its buffer without keeping records out
+/// is none.
+fn records_kept_out_by_a_count_are_told(name: &str, kernel: &str) {
+    let guest = Traced::start(TestGuest::define(&Domain {
+        backing: Backing::File,
+        kernel: kernel.to_owned(),
+        ..Domain::new(name)
+    }));
+    guest.on(&["sys_openat", "sys_read"]);
+    let gates = || -> Vec<String> {
+        let told = findings(&guest.session()).into_iter();
+        told.filter(|told| told["finding"] == "recording-off")
+            .map(|told| told["gate"].as_str().unwrap_or("none").to_owned())
+            .collect()
+    };
+    // For as long as it takes to find a gate that stays shut, and somewhat longer.
+    let work = guest.spawn("exec work").unwrap();
+    guest.sh(
+        "cd /sys/kernel/tracing; for i in 1 2 3 4 5 6; do echo > trace; \
+         echo $((500 + 20 * i)) > buffer_size_kb; head -n 50 trace > /dev/null; \
+         sleep 1; done",
+    );
+    assert_eq!(gates(), [""; 0]);
+    work.kill(9).unwrap();
+
+    let control = "control=0x$(grep -w xftrace_control /proc/kallsyms | cut -d' ' -f1)";
+    let off = |how: &str| format!("insmod /lib/modules/xf_off.ko {control} {how}");
+    let ways = [
+        (
+            off("how=count"),
+            "rmmod xf_off",
+            "the count of those who want it off (record_disabled of struct trace_buffer)",
+        ),
+        (
+            off("how=cpu cpu=1"),
+            "rmmod xf_off",
+            "part off (record_disabled of struct ring_buffer_per_cpu): CPU 1",
+        ),
+        (
+            "echo 1 > /sys/kernel/tracing/tracing_cpumask".to_owned(),
+            "echo 3 > /sys/kernel/tracing/tracing_cpumask",
+            "in the trace array (disabled of struct trace_array_cpu): CPU 1",
+        ),
+    ];
+    for (number, (shut, open, what)) in ways.iter().enumerate() {
+        guest.sh(shut);
+        let told = wait_for(SOON, || Ok(gates().get(number).cloned()));
+        let told = told.unwrap_or_else(|error| panic!("not told of {shut}: {error:#}"));
+        assert!(told.contains(what), "{told}");
+        guest.sh(open);
+        // Longer than between two looks, of which one has to see it open.
+        std::thread::sleep(Duration::from_secs(2));
+    }
+    assert_eq!(gates().len(), ways.len(), "{:?}", gates());
+    let session = guest.off();
+    let others: Vec<Value> = findings(&session)
+        .into_iter()
+        .filter(|told| told["finding"] != "recording-off")
+        .collect();
+    assert_eq!(others, [Value::Null; 0]);
+}
+
+#[test]
+fn records_kept_out_by_a_count_are_told_on_linux_6_1() {
+    records_kept_out_by_a_count_are_told("kept61", "6.1");
+}
+
+#[test]
+fn records_kept_out_by_a_count_are_told_on_linux_6_12() {
+    records_kept_out_by_a_count_are_told("kept612", "6.12");
+}
+
 /// A snapshot swaps the guest's ring buffer for another: both are read.
 #[test]
 fn a_snapshot_in_the_guest_takes_nothing_from_the_trace() {

@@ -304,7 +304,7 @@ fn live(session: &std::path::Path) -> Vec<(String, Duration)> {
     let rule = |kind| match kind {
         FindingKind::ControlFlow(found) => found.rule,
         FindingKind::ForgedRecords { .. } => Rule::ForgedRecord.name().to_owned(),
-        FindingKind::RecordingOff => Rule::RecordingOff.name().to_owned(),
+        FindingKind::RecordingOff { .. } => Rule::RecordingOff.name().to_owned(),
         other => panic!("{other:?}"),
     };
     let found = findings.into_iter();

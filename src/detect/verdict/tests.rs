@@ -101,8 +101,11 @@ fn what_the_helper_caught_is_a_finding_and_repeats_are_counted() {
     let dir = tempfile::tempdir().expect("a directory");
     let kinds = [
         touched(),
-        FindingKind::RecordingOff,
+        FindingKind::RecordingOff { gate: None },
         touched(),
+        FindingKind::RecordingOff {
+            gate: Some("a gate".to_owned()),
+        },
         FindingKind::TracerOff,
         FindingKind::BufferSwapped,
     ];
@@ -120,9 +123,26 @@ fn what_the_helper_caught_is_a_finding_and_repeats_are_counted() {
             (Rule::KeyTouched, 2),
             (Rule::TracerOff, 1),
             (Rule::RecordingOff, 1),
+            (Rule::RecordingOff, 1),
             (Rule::BufferSwapped, 1)
         ]
     );
+    let what = "recording was off while the trace was on, by a gate";
+    assert!(verdict.findings.iter().any(|found| found.what == what));
+}
+
+#[test]
+fn a_guest_that_shuts_ever_other_gates_makes_no_endless_verdict() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let kinds: Vec<FindingKind> = (0..100)
+        .map(|gate| FindingKind::RecordingOff {
+            gate: Some(gate.to_string()),
+        })
+        .collect();
+    let verdict = check(&session(dir.path(), &kinds), None).expect("a verdict");
+    assert_eq!(verdict.findings.len(), WAYS);
+    let count: u64 = verdict.findings.iter().map(|found| found.count).sum();
+    assert_eq!(count, 100);
 }
 
 #[test]

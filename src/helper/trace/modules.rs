@@ -7,7 +7,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::kernel::btf::Btf;
+use crate::kernel::btf::{Btf, BtfError};
 use crate::kernel::{Module, ModuleList, ModulesError};
 use crate::ram::GuestRam;
 use crate::session::{ModuleLook, ModuleSymbols, SETTLE, UNSURE_NS};
@@ -55,10 +55,10 @@ struct Looks {
 impl Modules {
     /// Of a guest whose kernel tells where the list is. Without it, code in the
     /// module area is told apart by symbols alone.
-    pub(super) fn of(ram: &dyn GuestRam, guest: &Guest) -> Option<Self> {
-        let list = Btf::of(ram, &guest.kernel, &guest.symbols)
-            .map_err(ModulesError::from)
-            .and_then(|btf| ModuleList::of(&guest.kernel, &guest.symbols, &btf));
+    pub(super) fn of(guest: &Guest, btf: Result<&Btf, &BtfError>) -> Option<Self> {
+        let list = btf.map_err(BtfError::to_string).and_then(|btf| {
+            ModuleList::of(&guest.kernel, &guest.symbols, btf).map_err(|error| error.to_string())
+        });
         match list {
             Ok(list) => Some(Self::new(list)),
             Err(why) => {

@@ -45,6 +45,11 @@ pub struct TraceArray {
 }
 
 impl TraceArray {
+    /// Where its `struct trace_array` is.
+    pub fn address(&self) -> Gva {
+        self.at
+    }
+
     /// Whether it takes records.
     ///
     /// # Errors
