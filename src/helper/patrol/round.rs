@@ -33,8 +33,6 @@ const PULSE: Duration = Duration::from_millis(20);
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Where looks come as often as this, what they compare with is kept.
 const KEEP: Duration = Duration::from_secs(10);
-/// While there is nothing to look at.
-pub(super) const IDLE: Duration = Duration::from_secs(3600);
 
 const NO_IMAGE: &str =
     "the kernel that the guest boots is not in the store; add it with 'xftrace symbols add FILE' \
@@ -238,9 +236,6 @@ impl Round {
 
     /// Looks, if there is something to look at. How long until the next time.
     fn turn(&mut self, inbox: &mut Inbox) -> Duration {
-        let Some(subject) = self.subject.clone() else {
-            return IDLE;
-        };
         let interval = self.orders.interval;
         let begun = Instant::now();
         if self.host.stands_still.load(Ordering::Relaxed) {
@@ -255,8 +250,13 @@ impl Round {
             let told = self.notices.unseen(&why, time, begun);
             self.notice(told);
         } else if !self.is_known {
+            self.cannot(NO_KERNEL, false);
             return RETRY.min(interval);
         }
+        // There never was one, and so no place to look at.
+        let Some(subject) = self.subject.clone() else {
+            return RETRY.min(interval);
+        };
         let look = self
             .look(&subject, inbox, overdue.is_some())
             .unwrap_or_else(|error| Look::Not {

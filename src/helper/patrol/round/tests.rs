@@ -81,6 +81,13 @@ struct Watched {
 
 impl Watched {
     fn new() -> Self {
+        let mut watched = Self::before();
+        watched.boots(true);
+        watched
+    }
+
+    /// Before the engine has told of any kernel.
+    fn before() -> Self {
         let sight = Arc::new(Sight::default());
         let dir = tempfile::tempdir().expect("a directory");
         let status = IntegrityStatus {
@@ -97,16 +104,14 @@ impl Watched {
         );
         round.heart = Duration::from_millis(200);
         let (engine, from) = channel();
-        let mut watched = Self {
+        Self {
             setting: Setting::new(),
             sight,
             dir,
             round,
             inbox: Inbox { from, next: None },
             _engine: engine,
-        };
-        watched.boots(true);
-        watched
+        }
     }
 
     /// The engine tells of the kernel as it is now.
@@ -259,14 +264,45 @@ fn a_kernel_that_starts_for_ever_is_looked_at_in_the_end() {
 }
 
 #[test]
+fn a_guest_in_which_no_kernel_is_ever_found_is_told() {
+    let mut watched = Watched::before();
+    let pause = |watched: &Watched, still| {
+        let host = &watched.round.host.stands_still;
+        host.store(still, Ordering::Relaxed);
+    };
+    assert_eq!(watched.turn(), (0, NO_KERNEL.to_owned()));
+    pause(&watched, true);
+    assert_eq!(watched.turn(), (0, PAUSED.to_owned()));
+    pause(&watched, false);
+    assert_eq!(watched.turn(), (0, NO_KERNEL.to_owned()));
+    assert_eq!(watched.told(), [""; 0]);
+    watched.round.patience.set_limit(Duration::ZERO);
+    // A paused one is given the time.
+    pause(&watched, true);
+    watched.turn();
+    assert_eq!(watched.told(), [""; 0]);
+    pause(&watched, false);
+    watched.round.cannot(NO_KERNEL, false);
+    for _ in 0..3 {
+        assert_eq!(watched.turn(), (0, NO_KERNEL.to_owned()));
+        assert_eq!(watched.told(), ["not-looked-at"]);
+    }
+    // And it is asked again soon.
+    let rest = watched.round.turn(&mut watched.inbox);
+    assert!(rest <= RETRY, "{rest:?}");
+    watched.boots(true);
+    assert_eq!(watched.turn(), (1, String::new()));
+}
+
+#[test]
 fn a_kernel_that_is_found_late_was_not_waited_for() {
-    let mut watched = Watched::new();
+    let mut watched = Watched::before();
     let limit = Duration::from_secs(1);
     watched.round.patience.set_limit(limit);
-    watched.round.subject = None;
-    std::thread::sleep(limit);
+    std::thread::sleep(limit / 2);
     watched.turn();
     watched.boots(true);
+    std::thread::sleep(limit / 2);
     assert_eq!(watched.turn().0, 1);
     assert_eq!(watched.told(), [""; 0]);
 }
