@@ -32,6 +32,7 @@ mod judge;
 mod profile;
 mod profiler;
 mod rules;
+mod silences;
 mod site;
 mod verdict;
 

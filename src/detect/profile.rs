@@ -122,6 +122,17 @@ pub(crate) struct Silence {
     pub(crate) whole: bool,
 }
 
+impl Profile<'_> {
+    /// Notes silences of CPUs, of which so many are kept.
+    pub(super) fn note_silences(&mut self, silences: Vec<Silence>) {
+        const KEPT: usize = 1024;
+        self.silences.extend(silences);
+        self.silences
+            .sort_by_key(|silence| (silence.boot, silence.cpu));
+        self.silences.truncate(KEPT);
+    }
+}
+
 impl Silence {
     pub(crate) fn nanos(&self) -> u64 {
         self.until.saturating_sub(self.from)

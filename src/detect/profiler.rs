@@ -2,14 +2,12 @@
 
 use std::collections::HashMap;
 
-use super::profile::{note, Example, Function, Profile, ProfileLimits, Seen, Silence, Step};
+use super::profile::{note, Example, Function, Profile, ProfileLimits, Seen, Step};
+use super::silences::Silences;
 use super::site::{is_system_call, loads_modules, Label, Site};
 use crate::callflow::{Closed, Event, Fit, Happening, Kind, Opened, Place, Spent};
 use crate::ring::record::{Comm, Task};
 use crate::session::ModuleHistory;
-
-/// Fewer records than this by other CPUs make no silence of one.
-const OTHERS_BUSY: u64 = 1000;
 
 /// Takes the events of a call flow, one at a time.
 ///
@@ -22,13 +20,10 @@ pub struct Profiler<'n> {
     stacks: HashMap<(i32, u16), Vec<Frame<'n>>>,
     sequences: HashMap<i32, Sequence>,
     modules: ModuleHistory,
-    cpus: HashMap<u16, Cpu>,
+    silences: Silences,
     /// Losses of records so far.
     losses: u64,
-    events: u64,
     boot: u32,
-    began: Option<u64>,
-    now: u64,
 }
 
 /// An open call.
@@ -61,14 +56,6 @@ struct Sequence {
     last: [Option<Label>; 2],
 }
 
-/// When a CPU gave its last record.
-#[derive(Clone, Copy, Debug)]
-struct Cpu {
-    time: u64,
-    events: u64,
-    longest: Option<Silence>,
-}
-
 impl<'n> Profiler<'n> {
     /// One that keeps at most so much.
     pub fn new(limits: ProfileLimits) -> Self {
@@ -77,12 +64,9 @@ impl<'n> Profiler<'n> {
             stacks: HashMap::new(),
             sequences: HashMap::new(),
             modules: ModuleHistory::default(),
-            cpus: HashMap::new(),
+            silences: Silences::default(),
             losses: 0,
-            events: 0,
             boot: 0,
-            began: None,
-            now: 0,
         }
     }
 
@@ -126,7 +110,13 @@ impl<'n> Profiler<'n> {
             Happening::Switch { .. } | Happening::IrqEnter(_) | Happening::IrqLeave(_) => {}
             Happening::Boot => {}
         }
-        self.beat(event.cpu, event.time);
+        self.silences.beat(event.boot, event.cpu, event.time);
+    }
+
+    /// That CPU was not silent until then (guest trace clock, nanoseconds): its records
+    /// were left out, or the guest had switched it off.
+    pub fn excuse(&mut self, cpu: u16, until: u64) {
+        self.silences.excuse(cpu, until);
     }
 
     /// There are no more events. `cpus` are the CPUs that the guest has: one
@@ -136,11 +126,11 @@ impl<'n> Profiler<'n> {
         self.profile
     }
 
-    /// What was seen so far, and a fresh profile to go on with. Calls that are
-    /// open stay so; what is known of CPUs begins anew.
+    /// What was seen so far, and a fresh profile to go on with. A CPU that is silent
+    /// goes on being so.
     pub fn window(&mut self) -> Profile<'n> {
         let limits = self.profile.limits;
-        self.end_clocks(&[]);
+        self.profile.note_silences(self.silences.so_far(self.boot));
         let fresh = Profile::new(limits);
         // Open calls carry labels of the old profile.
         self.stacks.clear();
@@ -149,49 +139,10 @@ impl<'n> Profiler<'n> {
     }
 
     fn end_boot(&mut self, cpus: &[u16]) {
-        self.end_clocks(cpus);
+        let silences = self.silences.end(self.boot, cpus);
+        self.profile.note_silences(silences);
         self.stacks.clear();
         self.sequences.clear();
-    }
-
-    fn beat(&mut self, cpu: u16, time: u64) {
-        self.events += 1;
-        self.now = self.now.max(time);
-        let began = *self.began.get_or_insert(time);
-        let (boot, events) = (self.boot, self.events);
-        let known = self.cpus.entry(cpu).or_insert(Cpu {
-            time: began,
-            events: 0,
-            longest: None,
-        });
-        known.silent(cpu, boot, time, events);
-        (known.time, known.events) = (known.time.max(time), events);
-    }
-
-    fn end_clocks(&mut self, cpus: &[u16]) {
-        let Some(began) = self.began.take() else {
-            return;
-        };
-        for &cpu in cpus {
-            self.cpus.entry(cpu).or_insert(Cpu {
-                time: began,
-                events: 0,
-                longest: None,
-            });
-        }
-        for (number, mut cpu) in std::mem::take(&mut self.cpus) {
-            cpu.silent(number, self.boot, self.now, self.events + 1);
-            let longest = cpu.longest.map(|silence| Silence {
-                whole: silence.from <= began && silence.until >= self.now,
-                ..silence
-            });
-            self.profile.silences.extend(longest);
-        }
-        self.profile
-            .silences
-            .sort_by_key(|silence| (silence.boot, silence.cpu));
-        self.profile.silences.truncate(1024);
-        (self.events, self.now) = (0, 0);
     }
 
     fn key(task: &Task, cpu: u16) -> (i32, u16) {
@@ -391,26 +342,6 @@ impl<'n> Profiler<'n> {
         }
         frame.ended(self.profile.limits.below);
         self.profile.complete(event, task, around, &frame, spent);
-    }
-}
-
-impl Cpu {
-    fn silent(&mut self, cpu: u16, boot: u32, until: u64, events: u64) {
-        let others = events.saturating_sub(self.events + 1);
-        let silence = Silence {
-            cpu,
-            boot,
-            from: self.time,
-            until,
-            others,
-            whole: false,
-        };
-        let longer = self
-            .longest
-            .is_none_or(|longest| silence.nanos() > longest.nanos());
-        if others >= OTHERS_BUSY && longer {
-            self.longest = Some(silence);
-        }
     }
 }
 

@@ -4,7 +4,8 @@
 //! A thread of its own, since draining must not wait for judging. The engine
 //! hands it each round's records through a channel that holds a few rounds;
 //! where that is full, the round is left out and counted as a loss, of which
-//! detection makes no finding. A boot that finds no place is handed over later, and
+//! detection makes no finding: a CPU whose records were left out was not silent, nor is
+//! one that the guest has switched off. A boot that finds no place is handed over later, and
 //! nothing overtakes it. What comes back is folded: a finding is told of
 //! once, and then with its count every few minutes.
 //!
@@ -14,14 +15,14 @@
 //! that is good for, the thread takes no round, the channel fills, and the engine
 //! leaves rounds out.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::mpsc::{sync_channel, Receiver, RecvTimeoutError, SyncSender, TrySendError};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::callflow::{Flow, Kernels, Limits};
-use crate::detect::{judge, Baseline, Finding, ProfileLimits, Profiler, Severity};
+use crate::detect::{judge, Baseline, Finding, ProfileLimits, Profiler, Rule, Severity};
 use crate::kernel::Symbols;
 use crate::output::WallClock;
 use crate::ring::record::{Item, Lost, LostWhy, What};
@@ -54,13 +55,33 @@ pub(super) struct Kernel {
     pub(super) symbols: Arc<Symbols>,
     pub(super) slide: u64,
     pub(super) banner: String,
+    /// Whether it is known which CPUs the guest has switched off: else none that is silent
+    /// means anything.
+    pub(super) tells_offline: bool,
 }
 
 /// What the engine tells the thread.
 enum Message {
     Boot(Kernel),
     Modules(OfModules),
-    Round(Vec<Item>),
+    Round(Round),
+}
+
+/// What came in one round.
+#[derive(Default)]
+struct Round {
+    items: Vec<Item>,
+    /// CPUs that are silent for no fault of theirs, and until when (guest trace clock,
+    /// nanoseconds).
+    excused: Vec<(u16, u64)>,
+}
+
+/// Records of one CPU that were left out.
+#[derive(Default)]
+struct Missed {
+    records: u64,
+    /// When the last one was made.
+    until: u64,
 }
 
 /// What the guest says of its modules.
@@ -79,9 +100,10 @@ pub(super) struct Sentry {
     round: Vec<Item>,
     /// What found no place yet, in order: a boot, and what was said of modules.
     waiting: VecDeque<Message>,
-    /// How many records of which CPU were left out since the last one of it
-    /// that was taken.
-    missed: BTreeMap<u16, u64>,
+    /// Records that were left out, by CPU, since the last one of it that was taken.
+    missed: BTreeMap<u16, Missed>,
+    /// CPUs that the guest has switched off.
+    offline: BTreeSet<u16>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -103,6 +125,7 @@ impl Sentry {
             round: Vec::new(),
             waiting: VecDeque::new(),
             missed: BTreeMap::new(),
+            offline: BTreeSet::new(),
             thread: Some(thread),
         })
     }
@@ -112,6 +135,7 @@ impl Sentry {
     pub(super) fn boot(&mut self, kernel: Kernel) {
         self.round.clear();
         self.missed.clear();
+        self.offline.clear();
         // What waits is of a boot that is over.
         self.waiting.clear();
         self.waiting.push_back(Message::Boot(kernel));
@@ -140,15 +164,20 @@ impl Sentry {
         true
     }
 
+    /// The guest has these CPUs switched off now.
+    pub(super) fn offline(&mut self, cpus: BTreeSet<u16>) {
+        self.offline = cpus;
+    }
+
     /// Takes a record of the round.
     pub(super) fn take(&mut self, item: Item) {
         if self.round.len() >= ROUND_RECORDS {
             self.leave_out(&item);
             return;
         }
-        if let Some(records) = self.missed.remove(&item.cpu) {
+        if let Some(missed) = self.missed.remove(&item.cpu) {
             let lost = Lost {
-                records: Some(records),
+                records: Some(missed.records),
                 why: LostWhy::Dropped,
             };
             self.round.push(Item {
@@ -165,7 +194,8 @@ impl Sentry {
             _ => 1,
         };
         let missed = self.missed.entry(item.cpu).or_default();
-        *missed = missed.saturating_add(records);
+        missed.records = missed.records.saturating_add(records);
+        missed.until = missed.until.max(item.time);
     }
 
     /// The round is over. Never waits.
@@ -179,15 +209,18 @@ impl Sentry {
     /// place.
     fn hand_over_round(&mut self) -> Result<(), Vec<Item>> {
         let ready = self.hand_over();
-        let round = std::mem::take(&mut self.round);
+        let items = std::mem::take(&mut self.round);
         let Some(to) = self.to.as_ref().filter(|_| ready) else {
-            return Err(round);
+            return Err(items);
         };
-        if round.is_empty() {
+        let Some(now) = items.iter().map(|item| item.time).max() else {
             return Ok(());
-        }
-        match to.try_send(Message::Round(round)) {
-            Err(TrySendError::Full(Message::Round(round))) => Err(round),
+        };
+        let missed = self.missed.iter().map(|(&cpu, missed)| (cpu, missed.until));
+        let offline = self.offline.iter().map(|&cpu| (cpu, now));
+        let excused = missed.chain(offline).collect();
+        match to.try_send(Message::Round(Round { items, excused })) {
+            Err(TrySendError::Full(Message::Round(round))) => Err(round.items),
             _ => Ok(()),
         }
     }
@@ -299,7 +332,10 @@ fn watch(
         };
         let ended = match message {
             Ok(Message::Round(round)) => {
-                round.into_iter().for_each(|item| items.push(item));
+                round.items.into_iter().for_each(|item| items.push(item));
+                for (cpu, until) in round.excused {
+                    profiler.excuse(cpu, until);
+                }
                 None
             }
             Ok(Message::Modules(OfModules::List(look))) => {
@@ -330,7 +366,8 @@ fn watch(
         }
         if ended.is_some() || judged.elapsed() >= WINDOW {
             judged = Instant::now();
-            let found = judge(&profiler.window(), Some(baseline), &NoClock);
+            let mut found = judge(&profiler.window(), Some(baseline), &NoClock);
+            found.retain(|one| one.rule != Rule::SilentCpu || kernel.tells_offline);
             for finding in folded.news(found, judged) {
                 // The engine takes them every few milliseconds; what it has no
                 // room for comes again with the next count.
@@ -345,7 +382,7 @@ fn watch(
 
 /// What was told of, and when.
 #[derive(Default)]
-struct Folded(HashMap<(crate::detect::Rule, String), Told>);
+struct Folded(HashMap<(Rule, String), Told>);
 
 struct Told {
     at: Instant,

@@ -283,9 +283,7 @@ impl Trace {
         for chunk in std::mem::take(&mut self.held).into_iter().chain(chunks) {
             self.take(&chunk);
         }
-        if let Some(sentry) = &mut self.judging.sentry {
-            sentry.end_round();
-        }
+        self.end_round();
         // At once: a helper that is killed takes what it still holds with it.
         if drained.bytes > 0 {
             if let Err(error) = self.writer.flush() {

@@ -34,6 +34,7 @@ pub mod gates;
 mod identify;
 mod image;
 mod modules;
+mod online;
 mod paging;
 mod scan;
 mod started;
@@ -48,6 +49,7 @@ pub use image::Kernel;
 pub use modules::{
     is_name, modules, Kallsyms, KallsymsError, Module, ModuleFunctions, ModuleList, ModulesError,
 };
+pub use online::Online;
 pub use paging::{Mapped, PageTables, WalkError};
 pub(crate) use started::has_started;
 pub use symbols::{

@@ -27,6 +27,7 @@ fn kernel() -> Kernel {
         symbols: Arc::new(Symbols::parse(MAP.into()).expect("symbols")),
         slide: 0,
         banner: format!("{BANNER}\n"),
+        tells_offline: true,
     }
 }
 
@@ -68,6 +69,12 @@ fn read(cpu: u16, time: u64, caller: Gva) -> [Item; 2] {
         item(time, What::Call(call)),
         item(time + 5, What::Return(ret)),
     ]
+}
+
+/// How many records of which CPU were left out.
+fn missed(sentry: &Sentry) -> Vec<(u16, u64)> {
+    let missed = sentry.missed.iter();
+    missed.map(|(&cpu, missed)| (cpu, missed.records)).collect()
 }
 
 impl Sentry {
@@ -164,11 +171,8 @@ fn a_round_has_so_many_records_and_the_rest_is_a_loss() {
             .into_iter()
             .for_each(|item| sentry.take(item));
     }
-    let missed = BTreeMap::from([(0, ROUND_RECORDS as u64)]);
-    assert_eq!(
-        (sentry.round.len(), &sentry.missed),
-        (ROUND_RECORDS, &missed)
-    );
+    assert_eq!(sentry.round.len(), ROUND_RECORDS);
+    assert_eq!(missed(&sentry), [(0, ROUND_RECORDS as u64)]);
     // The next round tells of it where it begins, on that CPU alone.
     sentry.round.clear();
     for cpu in [1, 0] {
@@ -187,6 +191,58 @@ fn a_round_has_so_many_records_and_the_rest_is_a_loss() {
     assert_eq!(sentry.finish(), []);
 }
 
+/// A CPU works for half a minute, in rounds of a second, while another one has given its
+/// last record. What is found; `each` is done in each round.
+fn silent(kernel: Kernel, mut each: impl FnMut(&mut Sentry, u64)) -> Vec<Finding> {
+    const SECOND: u64 = 1_000_000_000;
+    let mut sentry = Sentry::start(Baseline::new(BANNER)).expect("a thread");
+    sentry.boot(kernel);
+    sentry.take_all(read(1, 1, DISPATCHER));
+    for second in 0..30 {
+        for number in 0..100 {
+            sentry.take_all(read(0, second * SECOND + 10 * number, DISPATCHER));
+        }
+        each(&mut sentry, second * SECOND + 2000);
+        let begun = Instant::now();
+        while let Err(round) = sentry.hand_over_round() {
+            assert!(begun.elapsed() < Duration::from_secs(30));
+            sentry.round = round;
+        }
+    }
+    sentry.finish()
+}
+
+#[test]
+fn a_cpu_that_goes_silent_is_found_live() {
+    let found = silent(kernel(), |_, _| ());
+    let rules: Vec<Rule> = found.iter().map(|finding| finding.rule).collect();
+    assert_eq!(rules, [Rule::SilentCpu], "{found:?}");
+    assert_eq!(found[0].subject, "CPU 1");
+}
+
+#[test]
+fn a_cpu_that_is_off_or_not_listened_to_is_not_silent() {
+    // The guest has switched it off.
+    let off = |sentry: &mut Sentry, _: u64| sentry.offline(BTreeSet::from([1]));
+    assert_eq!(silent(kernel(), off), []);
+    // Another one.
+    let other = |sentry: &mut Sentry, _: u64| sentry.offline(BTreeSet::from([2]));
+    assert_eq!(silent(kernel(), other).len(), 1);
+    // Its records find no place.
+    let left_out = |sentry: &mut Sentry, time: u64| {
+        for item in read(1, time, DISPATCHER) {
+            sentry.leave_out(&item);
+        }
+    };
+    assert_eq!(silent(kernel(), left_out), []);
+    // Nobody knows whether it is off.
+    let unknown = Kernel {
+        tells_offline: false,
+        ..kernel()
+    };
+    assert_eq!(silent(unknown, |_, _| ()), []);
+}
+
 /// One whose thread takes nothing: there is room for one message.
 fn stopped() -> (Sentry, Receiver<Message>, SyncSender<Finding>) {
     let (to, messages) = sync_channel(1);
@@ -197,6 +253,7 @@ fn stopped() -> (Sentry, Receiver<Message>, SyncSender<Finding>) {
         round: Vec::new(),
         waiting: VecDeque::new(),
         missed: BTreeMap::new(),
+        offline: BTreeSet::new(),
         thread: None,
     };
     (sentry, messages, findings)
@@ -229,7 +286,7 @@ fn a_boot_waits_for_a_place_and_the_engine_does_not() {
     // Another boot takes its place, and no round goes before it.
     sentry.boot(kernel());
     one_round(&mut sentry);
-    assert_eq!(sentry.missed, BTreeMap::from([(3, 2)]));
+    assert_eq!(missed(&sentry), [(3, 2)]);
     assert!(matches!(messages.try_recv(), Ok(Message::Round(_))));
     one_round(&mut sentry);
     assert!(matches!(messages.try_recv(), Ok(Message::Boot(_))));
@@ -276,7 +333,7 @@ fn a_round_that_finds_no_place_is_a_loss() {
         sentry.end_round();
     }
     // The third has a mark of the second's loss, which counts for its records.
-    assert_eq!(sentry.missed, BTreeMap::from([(3, 4)]));
+    assert_eq!(missed(&sentry), [(3, 4)]);
 }
 
 #[test]

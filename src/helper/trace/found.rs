@@ -102,6 +102,7 @@ impl Trace {
             symbols: Arc::clone(&live.guest.symbols),
             slide: live.guest.kernel.slide,
             banner,
+            tells_offline: live.online.is_some(),
         });
         judging.cannot = None;
         if other {

@@ -3,6 +3,7 @@
 use crate::kernel::btf::Btf;
 use crate::kernel::control::SwitchState;
 use crate::kernel::stock::TraceArray;
+use crate::kernel::Online;
 use crate::ram::GuestRam;
 use crate::ring::{Decoder, RingReader};
 
@@ -24,6 +25,8 @@ pub(super) struct Live {
     pub(super) modules: Option<Modules>,
     /// What keeps records out of the ring.
     pub(super) gates: Gates,
+    /// Which CPUs are online.
+    pub(super) online: Option<Online>,
 }
 
 /// What is kept of a kernel without the patch while it is traced.
@@ -48,6 +51,7 @@ impl Live {
         Self {
             gates: Gates::of(guest, btf.as_ref(), array.as_ref()),
             modules: Modules::of(guest, btf.as_ref()),
+            online: Online::of(&guest.kernel, &guest.symbols),
             guest: guest.clone(),
             reader,
             decoder,
@@ -67,6 +71,22 @@ impl Plain {
 }
 
 impl Trace {
+    /// Has the sentry judge what it was given, with what it has to know of the CPUs.
+    pub(super) fn end_round(&mut self) {
+        let Some(sentry) = &mut self.judging.sentry else {
+            return;
+        };
+        let live = self.live.as_ref();
+        let offline = live.and_then(|live| {
+            let cpus = live.reader.nr_cpus();
+            live.online?.offline(&*self.ram, cpus).ok()
+        });
+        if let Some(offline) = offline {
+            sentry.offline(offline);
+        }
+        sentry.end_round();
+    }
+
     /// In plain mode, the trace begins here: what the guest recorded since its
     /// boot is older.
     pub(super) fn begin_plain(&mut self) -> Result<(), TraceError> {
