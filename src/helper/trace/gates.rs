@@ -183,16 +183,19 @@ impl Gates {
     /// What keeps the ring from taking records now, where that is more than a moment; an
     /// empty set where nothing tells what. `says_on` is what the guest says.
     fn off(&mut self, says_on: bool, now: Instant) -> Option<BTreeSet<Gate>> {
-        let stays = |since: Instant| now.saturating_duration_since(since) >= STAYS;
+        let stays = |since: Instant, time| now.saturating_duration_since(since) >= time;
+        let lasts = |shut: &Shut, time| shut.looks >= LOOKS && stays(shut.since, time);
+        let any = self.shut.values().any(|shut| lasts(shut, STAYS));
         let lasting = self.shut.iter().filter(|(gate, shut)| {
-            gate.kind == GateKind::Switch || (shut.looks >= LOOKS && stays(shut.since))
+            // What was shut with it is told with it, though it was seen somewhat later.
+            gate.kind == GateKind::Switch || (any && lasts(shut, STAYS / 2))
         });
         let lasting: BTreeSet<Gate> = lasting.map(|(gate, _)| *gate).collect();
         if says_on {
             self.says_off = None;
         }
         // The guest may say so before a look shows why, which is to be told with it.
-        let said = !says_on && stays(*self.says_off.get_or_insert(now) + STAYS);
+        let said = !says_on && stays(*self.says_off.get_or_insert(now), 2 * STAYS);
         let blind = self.at.is_none() || self.failures >= FAILURES;
         let off = !lasting.is_empty() || said || (!says_on && blind);
         off.then_some(lasting)
@@ -364,6 +367,19 @@ mod tests {
             let told = looks(&mut gates, &mut now, LOOK_EVERY, &[DISABLED], true);
             assert_eq!(told, []);
         }
+        // Shut at the moment of its last record, with another one.
+        let part = Gate {
+            kind: GateKind::CpuCount,
+            ..DISABLED
+        };
+        let mut both = known();
+        both.gave(1);
+        let time = Duration::from_secs(10);
+        let told = looks(&mut both, &mut now, time, &[part, DISABLED], true);
+        let [(_, Some(gate))] = &told[..] else {
+            panic!("{told:?}");
+        };
+        assert!(gate.contains("trace_array_cpu"), "{gate}");
         gates.gave(0);
         let time = Duration::from_secs(4);
         assert_eq!(
@@ -371,14 +387,10 @@ mod tests {
             1
         );
         // What no record shuts means what it says.
-        let count = Gate {
-            kind: GateKind::CpuCount,
-            ..DISABLED
-        };
         let mut told = 0;
         for _ in 0..40 {
             gates.gave(1);
-            told += looks(&mut gates, &mut now, LOOK_EVERY, &[count], true).len();
+            told += looks(&mut gates, &mut now, LOOK_EVERY, &[part], true).len();
         }
         assert_eq!(told, 1);
     }
