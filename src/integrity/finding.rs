@@ -1,6 +1,5 @@
 //! What is looked at, and what is found.
 
-use std::collections::BTreeSet;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
@@ -100,7 +99,8 @@ impl fmt::Display for Check {
 pub struct Finding {
     /// What found it.
     pub check: Check,
-    /// What it is about: a symbol and an offset, or an entry of a table.
+    /// What it is about: a symbol and an offset, or an entry of a table. Looks are
+    /// compared by it, so it has no counts and nothing that a hook may change.
     pub place: String,
     /// Its runtime address.
     pub address: u64,
@@ -175,91 +175,5 @@ impl Finding {
     /// be another thing each time: a hook can change where it leads.
     pub fn key(&self) -> (Check, &str, u64) {
         (self.check, &self.place, self.address)
-    }
-}
-
-impl Report {
-    /// What is in both of two looks at a guest, the later of which is `self`, as that
-    /// one saw it. Code and lists are in an in-between state for as long as the kernel
-    /// works on them; a hook is there in both.
-    ///
-    /// What one of them found and the other had no room to list may have been in both:
-    /// it counts as not listed.
-    #[must_use]
-    pub fn lasting(mut self, before: &Self) -> Self {
-        let now = self.keys();
-        let then = before.keys();
-        let new = now.difference(&then).count() as u64;
-        let no_more = then.difference(&now).count() as u64;
-        let hidden = match (before.not_listed, self.not_listed) {
-            (0, 0) => 0,
-            (0, more) => more.min(no_more),
-            (more, 0) => more.min(new),
-            (_, more) => more.saturating_add(new),
-        };
-        let lasting: Vec<bool> = self
-            .findings
-            .iter()
-            .map(|one| then.contains(&one.key()))
-            .collect();
-        let mut kept = lasting.into_iter();
-        self.findings.retain(|_| kept.next().unwrap_or_default());
-        self.not_listed = hidden;
-        self.notes.retain(|note| before.notes.contains(note));
-        self
-    }
-
-    fn keys(&self) -> BTreeSet<(Check, &str, u64)> {
-        self.findings.iter().map(Finding::key).collect()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn finding(place: usize, leads_to: &str) -> Finding {
-        Finding {
-            check: Check::ReadOnlyData,
-            place: format!("sys_call_table[{place}]"),
-            address: place as u64,
-            expected: "the kernel's".to_owned(),
-            found: leads_to.to_owned(),
-            owner: Some(format!("the module {leads_to}")),
-        }
-    }
-
-    fn report(places: std::ops::Range<usize>, leads_to: &str) -> Report {
-        let mut report = Report::default();
-        places.for_each(|place| report.add(finding(place, leads_to)));
-        report
-    }
-
-    #[test]
-    fn a_hook_that_leads_elsewhere_each_time_lasts_and_what_has_gone_does_not() {
-        let lasting = report(1..3, "b").lasting(&report(0..2, "a"));
-        assert_eq!(lasting.findings, [finding(1, "b")]);
-        assert_eq!(lasting.not_listed, 0);
-        // Another address under the same name is another place.
-        let mut moved = report(0..1, "a");
-        moved.findings[0].address = 7;
-        assert_eq!(moved.lasting(&report(0..1, "a")).findings, []);
-    }
-
-    #[test]
-    fn what_there_was_no_room_for_may_have_lasted() {
-        let counts = |now: std::ops::Range<usize>, then| {
-            let lasting = report(now, "a").lasting(&report(then, "a"));
-            (lasting.findings.len(), lasting.not_listed)
-        };
-        // None of those listed in one look is listed in the other.
-        let (many, others) = (0..MOST + 2, MOST + 2..2 * MOST + 5);
-        assert_eq!(counts(others.clone(), many.clone()), (0, 3 + MOST as u64));
-        // One of the two had room for all.
-        assert_eq!(counts(many.clone(), 2 * MOST..2 * MOST + 1), (0, 1));
-        assert_eq!(counts(2 * MOST..2 * MOST + 1, many.clone()), (0, 1));
-        // The same in both.
-        assert_eq!(counts(many.clone(), many), (MOST, 2));
-        assert_eq!(counts(0..MOST, 0..MOST), (MOST, 0));
     }
 }

@@ -68,6 +68,19 @@ fn judge(
     address: Gva,
     function: Gva,
 ) -> bool {
+    let found = view.name(function);
+    judge_as(view, owners, report, place, address, (function, found))
+}
+
+/// The same, with what to say of the function.
+fn judge_as(
+    view: &View<'_>,
+    owners: &Owners,
+    report: &mut Report,
+    place: String,
+    address: Gva,
+    (function, found): (Gva, String),
+) -> bool {
     let owner = owners.owner(view, function);
     if function.0 == 0 || matches!(owner, Owner::Kernel(_)) {
         return true;
@@ -77,7 +90,7 @@ fn judge(
         place,
         address: address.0,
         expected: "a function of the kernel's".to_owned(),
-        found: view.name(function),
+        found,
         owner: Some(owner.to_string()),
     });
     false
@@ -107,8 +120,9 @@ fn registered(
             0 => "",
             _ => ", which may send functions elsewhere (IPMODIFY)",
         };
-        let place = format!("Ftrace's callback {name}{modifies}");
-        if judge(view, owners, report, place, ops, function) {
+        let place = format!("Ftrace's callback {name}");
+        let found = format!("{}{modifies}", view.name(function));
+        if judge_as(view, owners, report, place, ops, (function, found)) {
             report.note(format!("Ftrace calls {} ({name})", view.name(function)));
         }
         match dispatch::of_callback(view, ops, function) {
@@ -241,14 +255,14 @@ fn called(view: &View<'_>, owners: &Owners, text: &TextReport, report: &mut Repo
         }
         let more = match count {
             1 => String::new(),
-            _ => format!(" and {} other functions", count - 1),
+            _ => format!(", from {} other functions too", count - 1),
         };
         report.add(Finding {
             check: Check::Ftrace,
-            place: format!("the call of Ftrace's in {}{more}", view.name(first)),
+            place: format!("the call of Ftrace's in {}", view.name(first)),
             address: first.0,
             expected: "a trampoline of registered callbacks".to_owned(),
-            found: view.name(target),
+            found: format!("{}{more}", view.name(target)),
             owner: Some(owner.to_string()),
         });
     }

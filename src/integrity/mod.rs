@@ -41,6 +41,7 @@ mod interrupts;
 mod kprobes;
 mod owner;
 mod proc;
+mod steady;
 #[cfg(test)]
 mod tests;
 mod text;
@@ -65,9 +66,6 @@ use view::View;
 const MAX_TEXT: u64 = 256 << 20;
 /// The longest banner.
 const MAX_BANNER: usize = 1024;
-/// Between the two looks that a finding has to be seen in. Longer than the kernel
-/// takes to patch its own code.
-const AGAIN: Duration = Duration::from_millis(200);
 
 /// Why a kernel could not be checked at all.
 #[derive(Debug, thiserror::Error)]
@@ -127,8 +125,8 @@ impl Trusted {
     }
 }
 
-/// Looks at all that a hook may lie in. Guest memory changes meanwhile; what is
-/// found once and not again a moment later was no hook ([`Report::lasting`]).
+/// Looks at all that a hook may lie in, once. Of a guest that runs, memory changes
+/// meanwhile: see [`check_running`].
 ///
 /// # Errors
 /// If nothing can be compared.
@@ -161,7 +159,8 @@ pub fn check(
     Ok(report)
 }
 
-/// The same for a guest that runs: where something is found, once more a moment later.
+/// The same for a guest that runs: where something is found or cannot be told, again
+/// a moment later, until two looks agree. Places that never do are a doubt.
 /// `wait` waits so long, and says whether to go on; `None` where it was not to.
 ///
 /// # Errors
@@ -173,15 +172,7 @@ pub fn check_running(
     trusted: &Trusted,
     wait: &mut dyn FnMut(Duration) -> bool,
 ) -> Result<Option<Report>, IntegrityError> {
-    let first = check(ram, kernel, symbols, trusted)?;
-    if first.findings.is_empty() {
-        return Ok(Some(first));
-    }
-    if !wait(AGAIN) {
-        return Ok(None);
-    }
-    let second = check(ram, kernel, symbols, trusted)?;
-    Ok(Some(second.lasting(&first)))
+    steady::looks(&mut || check(ram, kernel, symbols, trusted), wait)
 }
 
 /// Whether the kernel has started. Until then, what a check finds says nothing. It is the

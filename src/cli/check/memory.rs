@@ -46,7 +46,7 @@ impl Memory {
 }
 
 fn conclude(report: &Report) -> Conclusion {
-    // What is not listed may have been seen in one of two looks only.
+    // What is not listed may have been seen in one look only.
     let doubtful = report.not_listed > 0 || report.outcomes.iter().any(|one| one.doubt.is_some());
     match (report.findings.is_empty(), doubtful) {
         (false, _) => Conclusion::Findings,
@@ -161,7 +161,7 @@ pub(super) fn print(out: &mut impl Write, memory: &Memory) -> std::io::Result<()
     if report.not_listed > 0 {
         let left_out = match report.findings.is_empty() {
             false => "more findings",
-            true => "findings in each of two looks, too many to tell which of them lasted",
+            true => "findings, too many to tell which of them lasted",
         };
         writeln!(out, "\nand {} {left_out}", report.not_listed)?;
     }
