@@ -127,6 +127,12 @@ fn judge(
         (gate & 0xffff) | (gate >> 32 & 0xffff_0000) | (gate >> 32 & 0xffff_ffff_0000_0000);
     let target = Gva(offset as u64);
     let segment = (gate >> 16) as u16;
+    // Without programs of 32 bits it is a gate like those of devices (idt_setup_traps(),
+    // arch/x86/kernel/idt.c, since 6.7).
+    let closed = vector == INT_80 && bits == INTERRUPT_GATE && is_device(view, target);
+    if closed && segment == KERNEL_CODE {
+        return None;
+    }
     let open = matches!(vector, 3 | 4 | INT_80);
     let kind = if open { OPEN_GATE } else { INTERRUPT_GATE };
     if (segment, bits) != (KERNEL_CODE, kind) {
@@ -168,17 +174,17 @@ fn leads(view: &View<'_>, vector: usize, target: Gva) -> bool {
             None => is_early(view, vector, target),
         };
     }
-    let link = view.kernel.link(target);
-    let Some((name, offset)) = view.symbols.symbol_before(link) else {
-        return false;
-    };
-    if !view.in_text(target) {
-        return false;
-    }
-    if offset == 0 && (name.starts_with("asm_sysvec_") || name.starts_with("asm_exc_xen")) {
-        return true;
-    }
-    STUBS.contains(&name) && offset % STUB == 0
+    let named = view.symbols.symbol_before(view.kernel.link(target));
+    let own = |name: &str| name.starts_with("asm_sysvec_") || name.starts_with("asm_exc_xen");
+    let entry = matches!(named, Some((name, 0)) if own(name));
+    (view.in_text(target) && entry) || is_device(view, target)
+}
+
+/// Whether it is the entry of an interrupt of some device's.
+fn is_device(view: &View<'_>, target: Gva) -> bool {
+    let named = view.symbols.symbol_before(view.kernel.link(target));
+    let is_stub = |(name, offset)| STUBS.contains(&name) && offset % STUB == 0;
+    view.in_text(target) && named.is_some_and(is_stub)
 }
 
 /// Whether it is the stub that a vector had while the kernel started.

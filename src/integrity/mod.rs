@@ -38,7 +38,9 @@ mod ftrace;
 mod graph;
 mod image;
 mod interrupts;
+mod its;
 mod kprobes;
+mod lent;
 mod owner;
 mod proc;
 mod steady;
@@ -240,21 +242,40 @@ fn compare_text(
     for place in &probes.places {
         place.restore(view, owners, &mut memory);
     }
-    let variable = |link: Gva, width: usize| {
-        let mut word = [0; 8];
-        let bytes = word.get_mut(..width)?;
-        view.kernel
-            .read(view.ram, view.kernel.runtime(link), bytes)
-            .ok()?;
-        Some(u64::from_le_bytes(word))
-    };
     text::compare(
         &trusted.image,
         &trusted.sites,
         view.symbols,
         view.kernel.slide,
         &memory,
-        &variable,
+        &TextGuest { view, owners },
     )
     .map_err(|error| error.to_string())
+}
+
+/// What the comparison of the text asks of the guest.
+struct TextGuest<'a> {
+    view: &'a View<'a>,
+    owners: &'a Owners,
+}
+
+impl text::Guest for TextGuest<'_> {
+    fn variable(&self, link: Gva, width: usize) -> Option<u64> {
+        let mut word = [0; 8];
+        let bytes = word.get_mut(..width)?;
+        let kernel = self.view.kernel;
+        let read = kernel.read(self.view.ram, kernel.runtime(link), bytes);
+        read.ok()?;
+        Some(u64::from_le_bytes(word))
+    }
+
+    fn is_thunk(&self, link: Gva, register: u8) -> bool {
+        let at = self.view.kernel.runtime(link);
+        self.owners.have_thunk(self.view, at, register)
+    }
+
+    fn may_lead(&self, call: &str, link: Gva) -> bool {
+        let to = self.view.kernel.runtime(link);
+        lent::may_lead(self.view, self.owners, call, to)
+    }
 }

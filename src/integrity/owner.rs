@@ -2,8 +2,8 @@
 //!
 //! Besides the kernel's own text and its modules', code comes to be while a
 //! kernel runs: Ftrace's trampolines, the instructions that kprobes moved out of
-//! the way, and BPF programs. The kernel keeps lists of all of them. Those lists
-//! are the guest's word; but whoever is on none of them has no name for what it
+//! the way, and BPF programs. The kernel keeps lists of all of them (and of thunks
+//! none that is needed, `its.rs`). Those lists are the guest's word; but whoever is on none of them has no name for what it
 //! runs, and that is what is looked for.
 //!
 //! So that no entry of a list speaks for more than it is, it has what a kernel can
@@ -11,9 +11,11 @@
 //! executed (behind each allocation is a page that cannot), apart from every module
 //! and from the other entries of its list. One that is not so has nothing.
 
+use std::cmp::Reverse;
 use std::fmt;
 use std::ops::Range;
 
+use super::its;
 use super::view::{Obstacle, View};
 use crate::kernel::{modules, Executable, Gva, Module};
 
@@ -103,7 +105,7 @@ impl Owners {
             Ok(modules) => owners.modules = modules,
             Err(doubt) => owners.doubts.insert(0, doubt),
         }
-        owners.arranged()
+        owners.arranged(view)
     }
 
     /// The code that the kernel made.
@@ -158,18 +160,55 @@ impl Owners {
     }
 
     /// All in order, to be looked up.
-    fn arranged(mut self) -> Self {
+    fn arranged(mut self, view: &View<'_>) -> Self {
         let modules = &self.modules;
         let memory = || modules.iter().flat_map(|module| &module.memory);
         self.made
             .retain(|(range, _)| !memory().any(|theirs| overlap(range, theirs)));
-        self.made.sort_by_key(|(range, _)| range.start);
+        self.code = self.all_code();
+        if view.symbols.address(its::SYMBOL).is_some() {
+            self.made.extend(self.thunks(view));
+            self.code = self.all_code();
+        }
+        // Of those that begin together the largest first.
+        self.made
+            .sort_by_key(|(range, _)| (range.start, Reverse(range.end)));
+        self
+    }
+
+    /// What the kernel made and the modules' code, in order.
+    fn all_code(&self) -> Vec<Range<Gva>> {
         let made = self.made.iter().map(|(range, _)| range.clone());
         let modules = self.modules.iter().flat_map(|module| &module.code);
-        let modules = modules.map(|range| self.cut(range));
-        let code = joined(made.chain(modules).collect());
-        self.code = code;
-        self
+        joined(made.chain(modules.map(|range| self.cut(range))).collect())
+    }
+
+    /// Pages of thunks, by what is in them, among those that are nobody's.
+    fn thunks(&self, view: &View<'_>) -> Vec<Claim> {
+        let pages = self.executable.pieces.iter().flat_map(|piece| {
+            let pages = (piece.start.0..piece.end.0).step_by(PAGE as usize);
+            pages.map(|at| range(Gva(at), PAGE))
+        });
+        pages
+            .filter(|page| AREA.contains(&page.start))
+            .filter(|page| !view.kernel.in_image(view.kernel.link(page.start)) && !self.have(page))
+            .take(its::MAX_PAGES)
+            .filter(|page| its::is_page(view, page.start))
+            .map(|page| (page, its::THUNKS.to_owned()))
+            .collect()
+    }
+
+    /// The module of the list that has code there.
+    pub(super) fn module_with_code(&self, at: Gva) -> Option<&str> {
+        let mut modules = self.modules.iter();
+        let module = modules.find(|module| module.code.iter().any(|code| code.contains(&at)));
+        module.map(|module| module.name.as_str())
+    }
+
+    /// Whether a thunk of the kernel's is at `at`, which jumps where `register` says.
+    pub(super) fn have_thunk(&self, view: &View<'_>, at: Gva, register: u8) -> bool {
+        self.owner(view, at) == Owner::Made(its::THUNKS.to_owned())
+            && its::is_thunk(view, at, register)
     }
 
     /// Whether any of this is a module's code, or code that the kernel made.
@@ -307,6 +346,11 @@ fn probe_slots(view: &View<'_>, made: &mut Vec<Claim>) -> Result<(), Obstacle> {
     Ok(())
 }
 
+/// What a BPF program is called.
+pub(super) fn bpf_program(name: &str) -> String {
+    format!("the BPF program {name}")
+}
+
 /// `struct bpf_ksym`, include/linux/bpf.h.
 fn bpf_programs(view: &View<'_>, made: &mut Vec<Claim>) -> Result<(), Obstacle> {
     const WHAT: &str = "the list of BPF programs";
@@ -318,7 +362,7 @@ fn bpf_programs(view: &View<'_>, made: &mut Vec<Claim>) -> Result<(), Obstacle> 
         let to = view.pointer(program.wrapping_add(end.into()), WHAT)?;
         let name = view.text(program.wrapping_add(name.into()));
         if from < to && to.wrapping_sub(from) <= MAX_PROGRAM {
-            made.push((from..to, format!("the BPF program {name}")));
+            made.push((from..to, bpf_program(&name)));
         }
     }
     Ok(())
@@ -362,7 +406,7 @@ impl Owners {
     pub(super) fn made_of(view: &View<'_>, modules: Vec<Module>) -> Self {
         let mut owners = Self::made(view);
         owners.modules = modules;
-        owners.arranged()
+        owners.arranged(view)
     }
 }
 

@@ -16,7 +16,7 @@ fn bpf(programs: &[(u64, u64)], packs: &[u64]) -> Fake {
     guest.symbol(PACKS, 'd', "pack_list");
     guest.layout(
         "bpf_ksym",
-        &[("start", 0), ("end", 8), ("name", 16), ("lnode", 32)],
+        &[("start", 0), ("end", 8), ("name", 16), ("lnode", 64)],
     );
     guest.layout("bpf_prog_pack", &[("list", 0), ("ptr", 16)]);
     let chain = |head: u64, nodes: &[u64]| {
@@ -28,7 +28,7 @@ fn bpf(programs: &[(u64, u64)], packs: &[u64]) -> Fake {
         guest.put(last, head);
     };
     let at = |n: usize| HEAP + 0x100 * (n as u64 + 1);
-    let nodes: Vec<u64> = (0..programs.len()).map(|n| at(n) + 32).collect();
+    let nodes: Vec<u64> = (0..programs.len()).map(|n| at(n) + 64).collect();
     chain(PROGRAMS, &nodes);
     for (n, &(start, end)) in programs.iter().enumerate() {
         guest.put(at(n), start);
@@ -122,6 +122,34 @@ fn what_is_behind_the_kernels_text_in_its_page_is_nothing() {
     assert!(found(&report).iter().any(|(_, is, _)| *is == "c3"));
 }
 
+#[test]
+fn pages_of_thunks_are_the_kernels_by_what_is_in_them() {
+    let mut guest = bpf(&[], &[]);
+    let mut page = [0xcc; 4096];
+    page[32..36].copy_from_slice(&[0x41, 0xff, 0xe3, 0xcc]);
+    guest.bytes(MODULES + 0x1000, &page);
+    // Of a kernel that makes none.
+    assert_eq!(unowned(&guest), [1, 2, 3]);
+    guest.symbol(TEXT + 0x300, 't', "__x86_indirect_its_thunk_array");
+    assert_eq!(unowned(&guest), [2, 3]);
+    let thunk = |guest: &Fake, at: u64, register: u8| {
+        let report = guest.check(|view, owners, report| {
+            let have = owners.have_thunk(view, crate::kernel::Gva(at), register);
+            report.note(have.to_string());
+        });
+        report.notes == ["true"]
+    };
+    assert!(thunk(&guest, MODULES + 0x1020, 11));
+    assert!(!thunk(&guest, MODULES + 0x1020, 3));
+    assert!(!thunk(&guest, MODULES + 0x1024, 11));
+    // The same code elsewhere, and amid other code.
+    guest.bytes(MODULES + 0x100, &page[32..36]);
+    assert!(!thunk(&guest, MODULES + 0x100, 11));
+    guest.bytes(MODULES + 0x1800, &[0xc3]);
+    assert_eq!(unowned(&guest), [1, 2, 3]);
+    assert!(!thunk(&guest, MODULES + 0x1020, 11));
+}
+
 /// A gate of the kernel's code, for the kernel.
 fn gate(to: u64) -> [u8; 16] {
     let low = to & 0xffff | 0x10 << 16 | 0x8e << 40 | (to & 0xffff_0000) << 32;
@@ -152,6 +180,30 @@ fn an_exception_that_the_kernel_has_an_entry_for_does_not_lead_to_the_start() {
     assert_eq!(look(&guest), [""; 0]);
     put(14, early + 14 * 9);
     assert_eq!(look(&guest), ["interrupt gate 0x0e"]);
+}
+
+#[test]
+fn int_80_leads_to_system_calls_or_is_a_gate_of_devices() {
+    let mut guest = Fake::new();
+    let table = DATA + 0x1000;
+    guest.symbol(table, 'd', "idt_table");
+    let stubs = TEXT + 0x400;
+    guest.symbol(stubs, 't', "irq_entries_start");
+    guest.symbol(TEXT + 0x800, 't', "asm_int80_emulation");
+    let look = |kind: u8, to: u64| {
+        let mut gate = gate(to);
+        gate[5] = kind;
+        guest.bytes(table + 16 * 0x80, &gate);
+        let report = guest.check(interrupts::gates);
+        let mut all = report.findings.iter();
+        !all.any(|one| one.place == "interrupt gate 0x80")
+    };
+    assert!(look(0xee, TEXT + 0x800));
+    assert!(look(0x8e, stubs + 8 * 0x60));
+    assert!(!look(0xee, stubs + 8 * 0x60));
+    assert!(!look(0x8e, stubs + 8 * 0x60 + 1));
+    assert!(!look(0x8e, THEIRS));
+    assert!(!look(0xee, THEIRS));
 }
 
 /// A kernel with a mounted file system whose type is at `kind`, and the operations of
@@ -209,14 +261,14 @@ fn a_file_system_may_be_from_two_modules() {
     assert_eq!(look(["vfat", "nfsv4"]), (0, 1));
 }
 
-/// A kernel with a pointer in a variable that was built to lead to `built`.
-fn pointing(guest: &mut Fake, built: u64) -> Image {
+/// A kernel with a pointer in a variable of this name that was built to lead to `built`.
+fn pointing(guest: &mut Fake, built: u64, name: &str) -> Image {
     for (at, kind, name) in [
         (DATA + 0x100, 'R', "__start_rodata"),
         (DATA + 0x400, 'R', "__end_rodata"),
         (DATA + 0x300, 'R', "__start_ro_after_init"),
         (DATA + 0x300, 'R', "__end_ro_after_init"),
-        (DATA + 0x500, 'D', "variable"),
+        (DATA + 0x500, 'D', name),
     ] {
         guest.symbol(at, kind, name);
     }
@@ -241,7 +293,7 @@ fn a_pointer_leads_to_what_is_of_the_kind_that_it_was_built_for() {
     guest.symbol(DATA + 0x200, 'r', "one_ops");
     guest.symbol(DATA + 0x240, 'r', "other_ops");
     guest.symbol(DATA + 0x280, 'r', "a_text");
-    let image = pointing(&mut guest, first);
+    let image = pointing(&mut guest, first, "variable");
     let look = |guest: &Fake, image: &Image, to: u64| {
         guest.put(DATA + 0x500, to);
         let report =
@@ -262,7 +314,7 @@ fn a_pointer_leads_to_what_is_of_the_kind_that_it_was_built_for() {
     ] {
         assert_eq!(look(&guest, &image, to), count, "{to:#x}");
     }
-    let image = pointing(&mut guest, DATA + 0x200);
+    let image = pointing(&mut guest, DATA + 0x200, "variable");
     for (to, count) in [
         (DATA + 0x200, 0),
         (DATA + 0x240, 0),
@@ -277,10 +329,45 @@ fn a_pointer_leads_to_what_is_of_the_kind_that_it_was_built_for() {
 }
 
 #[test]
+fn a_pointer_that_others_may_set_leads_to_them() {
+    let (program, other) = (MODULES + 0x2000, MODULES + 0x3000);
+    let check = |name: &str, owner: &str, to: u64| {
+        let mut guest = bpf(
+            &[(program, program + 0x800), (other, other + 0x100)],
+            &[program],
+        );
+        guest.bytes(HEAP + 0x110, b"bpf_dispatcher_xdp\0");
+        guest.modules = vec![module(owner, 0, 4), module("other", 1, 5)];
+        let dummy = guest.function("dummy");
+        let image = pointing(&mut guest, dummy, name);
+        guest.put(DATA + 0x500, to);
+        let report =
+            guest.check(|view, owners, report| data::pointers(view, &image, owners, report));
+        assert_eq!(report.findings.len() + report.notes.len(), 1);
+        report.findings.is_empty()
+    };
+    let guest_state = "__SCK____perf_guest_state";
+    let wakeup = "kvm_posted_intr_wakeup_handler";
+    assert!(check(guest_state, "kvm", THEIRS));
+    assert!(check(wakeup, "kvm_intel", THEIRS));
+    // Another module, its data, or nobody; and another pointer.
+    assert!(!check(guest_state, "kvm_hook", THEIRS));
+    assert!(!check(guest_state, "kvm", THEIRS + 0x1000));
+    assert!(!check(guest_state, "kvm", MODULES + 0x4100));
+    assert!(!check(wakeup, "kvm", THEIRS));
+    assert!(!check(wakeup, "kvm_intel", NOBODYS));
+    assert!(!check("variable", "kvm", THEIRS));
+    let dispatcher = "__SCK__bpf_dispatcher_xdp_call";
+    assert!(check(dispatcher, "kvm", program));
+    assert!(!check(dispatcher, "kvm", other));
+    assert!(!check("variable", "kvm", program));
+}
+
+#[test]
 fn what_there_is_too_much_of_is_a_doubt() {
     let mut guest = Fake::new();
     let first = guest.function("first");
-    let image = pointing(&mut guest, first);
+    let image = pointing(&mut guest, first, "variable");
     guest.put(DATA + 0x500, THEIRS);
     let report = guest.check(|view, owners, report| {
         view.exhaust();

@@ -14,7 +14,7 @@ use crate::kernel::{Gva, Symbols};
 use patched::{Patcher, INT3};
 use sites::Alternative;
 
-pub(super) use patched::{jump, CALL};
+pub(super) use patched::{jump, Guest, CALL};
 pub(super) use sites::Sites;
 
 /// The most places that are told of.
@@ -65,7 +65,7 @@ impl Change {
 }
 
 /// Compares `memory`, all of the text from `_stext` to `_etext` of a kernel that
-/// runs `slide` from where it was linked. `variable` reads one of its variables.
+/// runs `slide` from where it was linked.
 ///
 /// # Errors
 /// If the image is not one that text can be compared with.
@@ -75,7 +75,7 @@ pub(super) fn compare(
     symbols: &Symbols,
     slide: u64,
     memory: &[u8],
-    variable: &dyn Fn(Gva, usize) -> Option<u64>,
+    guest: &dyn Guest,
 ) -> Result<TextReport, ImageFault> {
     let start = symbols.text().start;
     let built = image
@@ -96,7 +96,7 @@ pub(super) fn compare(
         patcher: Patcher {
             symbols,
             slide,
-            variable,
+            guest,
             trampoline: &note,
         },
     };

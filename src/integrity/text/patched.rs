@@ -31,6 +31,8 @@ pub(super) const INT3: u8 = 0xcc;
 const ENDBR64: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
 /// What is put over it (`gen_endbr_poison`), and a NOP of four bytes.
 const NO_ENDBR: [[u8; 4]; 2] = [[0x66, 0x0f, 0x1f, 0x00], [0x0f, 0x1f, 0x40, 0x00]];
+/// A prefix that means nothing to a branch.
+const CS: u8 = 0x2e;
 const LFENCE: [u8; 3] = [0x0f, 0xae, 0xe8];
 /// `cs cs cs xor eax, eax`: a static call of a function that returns 0.
 const RETURN_0: [u8; 5] = [0x2e, 0x2e, 0x2e, 0x31, 0xc0];
@@ -68,14 +70,23 @@ pub(in crate::integrity) fn jump(at: u64, code: &[u8]) -> Option<Jump> {
     })
 }
 
+/// What a comparison asks of the guest. All addresses are as linked.
+pub(in crate::integrity) trait Guest {
+    /// The value of a variable of so many bytes, if it can be read.
+    fn variable(&self, at: Gva, width: usize) -> Option<u64>;
+    /// Whether the kernel has a thunk there that it made for this register.
+    fn is_thunk(&self, at: Gva, register: u8) -> bool;
+    /// Whether the static call with this key may lead there, out of the kernel's text.
+    fn may_lead(&self, key: &str, to: Gva) -> bool;
+}
+
 /// What is known of the kernel that was patched. All addresses are those that
 /// it was linked at: what is relative is the same there.
 pub(super) struct Patcher<'a> {
     pub(super) symbols: &'a Symbols,
     /// By how much what the guest's pointers hold is more.
     pub(super) slide: u64,
-    /// The value of a variable of the guest's, if it can be read.
-    pub(super) variable: &'a dyn Fn(Gva, usize) -> Option<u64>,
+    pub(super) guest: &'a dyn Guest,
     /// Told of each place where Ftrace calls a trampoline, and where that is.
     pub(super) trampoline: &'a dyn Fn(u64, u64),
 }
@@ -98,7 +109,7 @@ impl Patcher<'_> {
                 (*built == ENDBR64 && NO_ENDBR.contains(memory)).then_some(4)
             }
             Patch::Constant { variable, width } => {
-                let value = (self.variable)(variable, width)?.to_le_bytes();
+                let value = self.guest.variable(variable, width)?.to_le_bytes();
                 memory.starts_with(value.get(..width)?).then_some(width)
             }
             Patch::Branch(target) => {
@@ -139,7 +150,7 @@ impl Patcher<'_> {
         };
         let offset = i64::from(i32::from_le_bytes(*offset));
         let slot = Gva(at.wrapping_add(6).wrapping_add_signed(offset));
-        let target = (self.variable)(slot, 8)?.wrapping_sub(self.slide);
+        let target = self.guest.variable(slot, 8)?.wrapping_sub(self.slide);
         self.is_function(target).then_some(target)
     }
 
@@ -175,7 +186,7 @@ impl Patcher<'_> {
     /// A static call leads to the function in its key, where that is known.
     fn static_call(&self, key: Option<Gva>, at: u64, built: &[u8], memory: &[u8]) -> Option<usize> {
         // `struct static_call_key` begins with the function.
-        let function = key.and_then(|key| (self.variable)(key, 8));
+        let function = key.and_then(|key| self.guest.variable(key, 8));
         let is_null = function.is_none_or(|function| function == 0);
         let is = |to: u64| match function {
             Some(function) if function != 0 => to == function.wrapping_sub(self.slide),
@@ -193,10 +204,13 @@ impl Patcher<'_> {
             })
         })?;
         let memory = memory.get(..built.length)?;
+        let may_be = |to: u64| {
+            let named = key.and_then(|key| self.symbols.symbol_before(key));
+            let lent = |(name, within)| within == 0 && self.guest.may_lead(name, Gva(to));
+            self.is_function(to) || named.is_some_and(lent)
+        };
         let leads = match jump(at, memory) {
-            Some(jump) => {
-                jump.opcode == built.opcode && self.is_function(jump.target) && is(jump.target)
-            }
+            Some(jump) => jump.opcode == built.opcode && is(jump.target) && may_be(jump.target),
             None if memory == RETURN_0 => {
                 let zero = self.symbols.address("__static_call_return0");
                 built.opcode == CALL && (function.is_none() || zero.is_some_and(|at| is(at.0)))
@@ -212,18 +226,30 @@ impl Patcher<'_> {
         self.is_one_of(at, &RETURN_THUNKS) || self.is_one_of(at, &["__static_call_return"])
     }
 
+    /// A branch through a thunk made an indirect one, or one through another thunk.
     fn retpoline(&self, at: u64, built: &[u8], memory: &[u8]) -> Option<usize> {
-        let thunk = jump(at, built)?;
+        // Compilers make branches by the upper registers as long as others with it.
+        let prefix = usize::from(built.starts_with(&[CS]));
+        let branch = |code: &[u8]| jump(at.wrapping_add(prefix as u64), code.get(prefix..)?);
+        let thunk = branch(built)?;
         let (name, 0) = self.symbols.lookup(Gva(thunk.target))? else {
             return None;
         };
-        let register = name.strip_prefix("__x86_indirect_thunk_")?;
-        let register = REGISTERS.iter().position(|known| *known == register)? as u8;
-        let memory = memory.get(..thunk.length)?;
+        let name = name.strip_prefix("__x86_indirect_thunk_")?;
+        let register = REGISTERS.iter().position(|known| *known == name)? as u8;
+        let length = prefix + thunk.length;
+        let memory = memory.get(..length)?;
+        if let Some(other) = branch(memory) {
+            let same = memory.get(..prefix) == built.get(..prefix)
+                && (other.opcode, other.length) == (thunk.opcode, thunk.length);
+            let its = format!("__x86_indirect_its_thunk_{name}");
+            let is_thunk = self.is_one_of(other.target, &[&its])
+                || self.guest.is_thunk(Gva(other.target), register);
+            return (same && is_thunk).then_some(length);
+        }
         let mut code = memory;
         // A conditional one jumps over the indirect one if it is not to be taken.
-        let conditional = thunk.length == 6;
-        if conditional {
+        if matches!(thunk.opcode, 0x80..=0x8f) {
             let (head, rest) = code.split_at_checked(2)?;
             if head != [0x70 + ((thunk.opcode & 0xf) ^ 1), 4] {
                 return None;
@@ -240,6 +266,6 @@ impl Patcher<'_> {
             [INT3, rest @ ..] if thunk.opcode != CALL => rest,
             rest => rest,
         };
-        nops::are(rest).then_some(thunk.length)
+        nops::are(rest).then_some(length)
     }
 }

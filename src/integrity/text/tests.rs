@@ -16,7 +16,16 @@ const LOCK: usize = 0x60;
 const CALLEE: usize = 0x70;
 const THUNK: usize = 0x80;
 const ZERO: usize = 0x88;
-const END: usize = 0x90;
+/// Thunks for branches by `rbx` and `r11`, and another one for `rbx`.
+const INDIRECT: usize = 0x94;
+const UPPER: usize = 0x98;
+const ITS: usize = 0xa0;
+const INDIRECT_CALL: usize = 0xb0;
+const UPPER_CALL: usize = 0xb8;
+const UPPER_JUMP: usize = 0xc0;
+const END: usize = 0xd0;
+/// Code that is none of the text.
+const MADE: usize = 0x2000_0000;
 
 fn symbols() -> Symbols {
     let mut map = String::new();
@@ -26,7 +35,11 @@ fn symbols() -> Symbols {
         (TEXT + CALLEE as u64, "callee"),
         (TEXT + THUNK as u64, "__x86_return_thunk"),
         (TEXT + ZERO as u64, "__static_call_return0"),
+        (TEXT + INDIRECT as u64, "__x86_indirect_thunk_rbx"),
+        (TEXT + UPPER as u64, "__x86_indirect_thunk_r11"),
+        (TEXT + ITS as u64, "__x86_indirect_its_thunk_rbx"),
         (TEXT + END as u64, "_etext"),
+        (DATA + 28, "__SCK__lent"),
         (DATA, "__start_mcount_loc"),
         (DATA + 8, "__stop_mcount_loc"),
         (DATA + 8, "__start___jump_table"),
@@ -43,6 +56,11 @@ fn symbols() -> Symbols {
 fn branch(opcode: u8, from: usize, to: usize) -> Vec<u8> {
     let offset = to as i32 - from as i32 - 5;
     [vec![opcode], offset.to_le_bytes().to_vec()].concat()
+}
+
+/// The same, made longer by a prefix.
+fn prefixed(opcode: u8, from: usize, to: usize) -> Vec<u8> {
+    [vec![0x2e], branch(opcode, from + 1, to)].concat()
 }
 
 fn put(text: &mut [u8], at: usize, code: &[u8]) {
@@ -66,6 +84,13 @@ fn text() -> Vec<u8> {
         &[0x48, 0xc7, 0xc0, 0x00, 0x10, 0x00, 0x81],
     );
     put(&mut text, LOCK, &[0xf0, 0xff, 0x00]);
+    put(
+        &mut text,
+        INDIRECT_CALL,
+        &branch(0xe8, INDIRECT_CALL, INDIRECT),
+    );
+    put(&mut text, UPPER_CALL, &prefixed(0xe8, UPPER_CALL, UPPER));
+    put(&mut text, UPPER_JUMP, &prefixed(0xe9, UPPER_JUMP, UPPER));
     text
 }
 
@@ -85,6 +110,10 @@ fn image() -> Image {
     ]
     .concat();
     let at = |place: u64| [offset(DATA + 0x400, TEXT + place).to_vec()].concat();
+    let indirect = [INDIRECT_CALL, UPPER_CALL, UPPER_JUMP].into_iter();
+    let indirect = indirect.zip((DATA + 0x600..).step_by(4));
+    let indirect = indirect.flat_map(|(site, at)| offset(at, TEXT + site as u64));
+    let indirect: Vec<u8> = indirect.collect();
     let mut lists = (TEXT + FTRACE as u64).to_le_bytes().to_vec();
     lists.extend(offset(DATA + 8, TEXT + BRANCH as u64));
     lists.extend(offset(DATA + 12, TEXT + PLAIN as u64));
@@ -98,6 +127,7 @@ fn image() -> Image {
             (".altinstructions", DATA + 0x200, &other),
             (".altinstr_replacement", replacements, &replacement),
             (".return_sites", DATA + 0x400, &at(RETURNS as u64)),
+            (".retpoline_sites", DATA + 0x600, &indirect),
             (
                 ".smp_locks",
                 DATA + 0x500,
@@ -119,10 +149,36 @@ fn loaded() -> Vec<u8> {
     text
 }
 
+/// A guest whose variables are these, with a thunk for `r11` and code that a static call
+/// of `lent` may lead to.
+struct Variables<F>(F);
+
+impl<F: Fn(Gva) -> Option<u64>> Guest for Variables<F> {
+    fn variable(&self, at: Gva, _: usize) -> Option<u64> {
+        (self.0)(at)
+    }
+
+    fn is_thunk(&self, at: Gva, register: u8) -> bool {
+        (at, register) == (Gva(TEXT + MADE as u64), 11)
+    }
+
+    fn may_lead(&self, key: &str, to: Gva) -> bool {
+        (key, to) == ("__SCK__lent", Gva(TEXT + MADE as u64))
+    }
+}
+
 fn check(memory: &[u8]) -> TextReport {
     let (image, symbols) = (image(), symbols());
     let sites = Sites::of(&image, &symbols).expect("its sites");
-    compare(&image, &sites, &symbols, SLIDE, memory, &|_, _| None).expect("a comparison")
+    compare(
+        &image,
+        &sites,
+        &symbols,
+        SLIDE,
+        memory,
+        &Variables(|_| None),
+    )
+    .expect("a comparison")
 }
 
 #[test]
@@ -139,6 +195,13 @@ fn what_a_kernel_makes_of_itself_is_clean() {
         (OTHER, [branch(0xe8, OTHER, CALLEE), vec![0x90]].concat()),
         (RETURNS, vec![0xc3, 0xcc, 0xcc, 0xcc, 0xcc]),
         (LOCK, vec![0x3e]),
+        (INDIRECT_CALL, vec![0xff, 0xd3, 0x0f, 0x1f, 0x00]),
+        (INDIRECT_CALL, branch(0xe8, INDIRECT_CALL, ITS)),
+        (UPPER_CALL, vec![0x41, 0xff, 0xd3, 0x0f, 0x1f, 0x00]),
+        (UPPER_CALL, vec![0x0f, 0xae, 0xe8, 0x41, 0xff, 0xd3]),
+        (UPPER_CALL, prefixed(0xe8, UPPER_CALL, MADE)),
+        (UPPER_JUMP, vec![0x41, 0xff, 0xe3, 0xcc, 0x66, 0x90]),
+        (UPPER_JUMP, prefixed(0xe9, UPPER_JUMP, MADE)),
     ] {
         let mut memory = loaded();
         put(&mut memory, at, &code);
@@ -173,6 +236,15 @@ fn what_a_hook_makes_of_it_is_found() {
         (FTRACE, branch(0xe9, FTRACE, CALLEE)),
         (CALLEE, vec![0xcc]),
         (LOCK, vec![0x90]),
+        // By another register, elsewhere, or another kind of branch.
+        (INDIRECT_CALL, vec![0xff, 0xd0, 0x0f, 0x1f, 0x00]),
+        (INDIRECT_CALL, branch(0xe8, INDIRECT_CALL, MADE)),
+        (INDIRECT_CALL, branch(0xe8, INDIRECT_CALL, CALLEE)),
+        (INDIRECT_CALL, branch(0xe9, INDIRECT_CALL, ITS)),
+        (UPPER_CALL, prefixed(0xe8, UPPER_CALL, ITS)),
+        (UPPER_CALL, prefixed(0xe8, UPPER_CALL, MADE + 1)),
+        (UPPER_CALL, prefixed(0xe9, UPPER_CALL, MADE)),
+        (UPPER_CALL, vec![0xff, 0xd3, 0x0f, 0x1f, 0x40, 0x00]),
     ] {
         let mut memory = loaded();
         put(&mut memory, at, &code);
@@ -192,6 +264,7 @@ fn a_static_call_leads_to_what_its_key_says() {
     let nop5 = [0x0f, 0x1f, 0x44, 0, 0];
     let zero = [0x2e, 0x2e, 0x2e, 0x31, 0xc0];
     let thunk = branch(0xe8, STATIC, THUNK);
+    let (lent, elsewhere) = (branch(0xe8, STATIC, MADE), branch(0xe8, STATIC, MADE + 1));
     let runtime = |at: usize| TEXT + SLIDE + at as u64;
     for (key, code, is_clean) in [
         (runtime(THUNK), &thunk[..], true),
@@ -200,10 +273,14 @@ fn a_static_call_leads_to_what_its_key_says() {
         (runtime(THUNK), &nop5, false),
         (runtime(CALLEE), &zero, false),
         (runtime(ZERO), &zero, true),
+        // One that the kernel lets others set.
+        (runtime(MADE), &lent, true),
+        (runtime(CALLEE), &lent, false),
+        (runtime(MADE + 1), &elsewhere, false),
     ] {
         let mut memory = loaded();
         put(&mut memory, STATIC, code);
-        let variable = |at: Gva, _: usize| (at == Gva(DATA + 28)).then_some(key);
+        let variable = Variables(|at| (at == Gva(DATA + 28)).then_some(key));
         let report = compare(&image, &sites, &symbols, SLIDE, &memory, &variable);
         let changes = report.expect("a comparison").changes;
         assert_eq!(changes.is_empty(), is_clean, "{key:#x} {code:02x?}");
@@ -231,5 +308,13 @@ fn what_is_told_of_has_a_limit() {
     assert!(!report.changes.is_empty() && report.changes.len() <= MAX_CHANGES);
     let (image, symbols) = (image(), symbols());
     let sites = Sites::of(&image, &symbols).expect("its sites");
-    assert!(compare(&image, &sites, &symbols, 0, &[0; END + 1], &|_, _| None).is_err());
+    assert!(compare(
+        &image,
+        &sites,
+        &symbols,
+        0,
+        &[0; END + 1],
+        &Variables(|_| None)
+    )
+    .is_err());
 }
