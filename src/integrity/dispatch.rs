@@ -86,9 +86,19 @@ pub(super) fn of_callback(
     Ok(all)
 }
 
+/// A function that is called where another one begins.
+pub(super) struct DirectCall {
+    /// Where that one calls.
+    pub(super) from: Gva,
+    /// Where the table has the function.
+    pub(super) at: Gva,
+    /// The function.
+    pub(super) to: Gva,
+}
+
 /// The functions that are called directly where other functions begin
 /// (`direct_functions`, kernel/trace/ftrace.c).
-pub(super) fn direct(view: &View<'_>) -> Result<Vec<Callee>, Obstacle> {
+pub(super) fn direct(view: &View<'_>) -> Result<Vec<DirectCall>, Obstacle> {
     const WHAT: &str = "the table of Ftrace's direct calls";
     let Ok(table) = view.address("direct_functions") else {
         return Ok(Vec::new());
@@ -100,6 +110,7 @@ pub(super) fn direct(view: &View<'_>) -> Result<Vec<Callee>, Obstacle> {
     let buckets = view.pointer(table.wrapping_add(buckets), WHAT)?;
     let node = field(view, "ftrace_func_entry", "hlist")?;
     let direct = field(view, "ftrace_func_entry", "direct")?;
+    let ip = field(view, "ftrace_func_entry", "ip")?;
     if bits > MAX_BITS {
         return Err(Obstacle::Endless(WHAT));
     }
@@ -113,7 +124,12 @@ pub(super) fn direct(view: &View<'_>) -> Result<Vec<Callee>, Obstacle> {
                 return Err(Obstacle::Endless(WHAT));
             }
             let entry = Gva(at.0.wrapping_sub(node));
-            all.push(callee(view, "direct call", entry, direct)?);
+            let (_, at_direct, to) = callee(view, "", entry, direct)?;
+            all.push(DirectCall {
+                from: view.pointer(entry.wrapping_add(ip), WHAT)?,
+                at: at_direct,
+                to,
+            });
             at = view.pointer(at, WHAT)?;
         }
     }

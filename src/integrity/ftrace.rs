@@ -13,6 +13,8 @@
 //! callback is a function of the kernel's that calls others (`dispatch.rs`), the
 //! same holds for these.
 
+use std::collections::BTreeSet;
+
 use super::dispatch::{self, Callee};
 use super::finding::{Check, Finding, Report};
 use super::owner::{ftrace_ops, Owner, Owners};
@@ -110,6 +112,8 @@ fn registered(
         .map(|name| layout.field(name).map(|field| u64::from(field.offset)));
     let (func, flags, trampoline, size) = (func?, flags?, trampoline?, size?);
     let mut functions = Vec::new();
+    let direct = dispatch::direct(view)?;
+    let called: BTreeSet<Gva> = direct.iter().map(|call| call.to).collect();
     for ops in ftrace_ops(view)? {
         *looked_at += 1;
         let function = view.pointer(ops.wrapping_add(func), WHAT)?;
@@ -126,7 +130,11 @@ fn registered(
             report.note(format!("Ftrace calls {} ({name})", view.name(function)));
         }
         match dispatch::of_callback(view, ops, function) {
-            Ok(all) => further(view, owners, report, &name, &all),
+            Ok(mut all) => {
+                // What the table of direct calls has is judged there.
+                all.retain(|(_, _, to)| !called.contains(to));
+                further(view, owners, report, &name, &all);
+            }
             Err(error @ Obstacle::TooMuch(_)) => return Err(error),
             Err(error) => doubts.push(format!(
                 "whom {} ({name}) calls cannot be told: {error}",
@@ -139,13 +147,15 @@ fn registered(
             through(view, owners, report, start, function)?;
         }
     }
-    further(
-        view,
-        owners,
-        report,
-        "direct_functions",
-        &dispatch::direct(view)?,
-    );
+    for call in direct {
+        let owner = owners.owner(view, call.to);
+        if is_of_lsm(view, &owner, call.from) {
+            report.note(format!("{} calls {owner}", view.name(call.from)));
+        } else {
+            let callee = ("direct call", call.at, call.to);
+            further(view, owners, report, "direct_functions", &[callee]);
+        }
+    }
     entries(view, owners, report, &functions)
 }
 
@@ -244,6 +254,15 @@ fn through(
     Ok(())
 }
 
+/// Whether it is a BPF program that is called from one of those functions that do
+/// nothing and are there for that (`bpf_lsm_*`, kernel/bpf/bpf_lsm.c): policy, which
+/// systemd has too (`RestrictFileSystems=`).
+fn is_of_lsm(view: &View<'_>, owner: &Owner, from: Gva) -> bool {
+    let program = super::owner::bpf_program("bpf_trampoline_");
+    let is_bpf = matches!(owner, Owner::Made(kind) if kind.starts_with(&program));
+    is_bpf && view.in_text(from) && view.name(from).starts_with("bpf_lsm_")
+}
+
 /// Where functions call.
 fn called(view: &View<'_>, owners: &Owners, text: &TextReport, report: &mut Report) {
     for (&target, &(count, first)) in &text.trampolines {
@@ -251,6 +270,11 @@ fn called(view: &View<'_>, owners: &Owners, text: &TextReport, report: &mut Repo
         let first = view.kernel.runtime(Gva(first));
         let owner = owners.owner(view, target);
         if owner == Owner::Made(super::owner::FTRACE.to_owned()) {
+            continue;
+        }
+        // It has a trampoline for each function.
+        if count == 1 && is_of_lsm(view, &owner, first) {
+            report.note(format!("{} calls {owner}", view.name(first)));
             continue;
         }
         let more = match count {

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! up to 6.10     ftrace_graph_entry, ftrace_graph_return       (variables)
-//! from 6.11 on   fgraph_array -> fgraph_ops.entryfunc, .retfunc
+//! from 6.11 on   fgraph_array -> fgraph_ops.entryfunc, .retfunc, .saved_func
 //!                static calls fgraph_func, fgraph_retfunc      (where there is only one)
 //! ```
 //!
@@ -89,13 +89,17 @@ pub(super) fn callbacks(
     if let Ok(array) = view.address("fgraph_array") {
         let layout = view.btf()?.structure("fgraph_ops")?;
         let (entry, exit) = (layout.field("entryfunc")?, layout.field("retfunc")?);
+        // Whom `fgraph_pid_func` calls on (fgraph_update_pid_func(), kernel/trace/fgraph.c),
+        // which each has from its registration on.
+        let saved = layout.field("saved_func").ok();
         for index in 0..GRAPHS {
             let ops = view.pointer(array.wrapping_add(8 * index), WHAT)?;
             if ops.0 == 0 {
                 continue;
             }
             let both: [(_, &[&str]); 2] = [(entry, &ENTRIES), (exit, &RETURNS)];
-            for (field, known) in both {
+            let saved = saved.map(|saved| (saved, &ENTRIES[..]));
+            for (field, known) in both.into_iter().chain(saved) {
                 let at = ops.wrapping_add(field.offset.into());
                 all.push((view.name(ops), at, view.pointer(at, WHAT)?, known));
             }

@@ -131,7 +131,10 @@ fn direct_calls_are_looked_at_in_the_callback_and_in_the_table() {
 
     guest.symbol(DATA + 16, 'd', "direct_functions");
     guest.layout("ftrace_hash", &[("size_bits", 0), ("buckets", 8)]);
-    guest.layout("ftrace_func_entry", &[("hlist", 8), ("direct", 32)]);
+    guest.layout(
+        "ftrace_func_entry",
+        &[("hlist", 8), ("ip", 24), ("direct", 32)],
+    );
     let (hash, buckets, entry) = (HEAP + 0x900, HEAP + 0xa00, HEAP + 0xb00);
     guest.put(DATA + 16, hash);
     guest.put(hash, 1);
@@ -151,6 +154,55 @@ fn direct_calls_are_looked_at_in_the_callback_and_in_the_table() {
     // One that is not to be believed.
     guest.put(hash, 60);
     assert!(doubt(&look(&guest)).is_some());
+}
+
+#[test]
+fn a_bpf_program_at_a_function_of_the_lsm_is_policy() {
+    let (mut guest, _) = callback("call_direct_funcs");
+    guest.symbol(DATA + 16, 'd', "direct_functions");
+    guest.symbol(DATA + 32, 'd', "bpf_kallsyms");
+    guest.layout("ftrace_hash", &[("size_bits", 0), ("buckets", 8)]);
+    let entry = [("hlist", 0), ("ip", 16), ("direct", 32)];
+    guest.layout("ftrace_func_entry", &entry);
+    let ksym = [("start", 0), ("end", 8), ("name", 16), ("lnode", 64)];
+    guest.layout("bpf_ksym", &ksym);
+    let (lsm, other) = (guest.function("bpf_lsm_file_open"), guest.function("open"));
+    let (hash, buckets, entry, image) = (HEAP + 0x900, HEAP + 0xa00, HEAP + 0xb00, HEAP + 0xc00);
+    let trampoline = MODULES + 0x2000;
+    for (at, value) in [
+        (DATA + 16, hash),
+        (hash + 8, buckets),
+        (buckets, entry),
+        (entry + 32, trampoline),
+        (OPS + 48, trampoline),
+        (DATA + 32, image + 64),
+        (image + 64, DATA + 32),
+        (image, trampoline),
+        (image + 8, trampoline + 0x100),
+    ] {
+        guest.put(at, value);
+    }
+    let look = |name: &[u8], from: u64, called: u64| {
+        guest.bytes(image + 16, name);
+        guest.put(entry + 16, from);
+        guest.put(entry + 32, called);
+        guest.put(OPS + 48, called);
+        let report = guest.check(|view, owners, report| {
+            let text = TextReport {
+                trampolines: [(called, (1, from))].into(),
+                ..TextReport::default()
+            };
+            ftrace::callbacks(view, owners, Some(&text), report);
+        });
+        let noted = report.notes.iter().filter(|note| note.contains("bpf_lsm"));
+        (report.findings.len(), noted.count())
+    };
+    assert_eq!(look(b"bpf_trampoline_1\0", lsm, trampoline), (0, 2));
+    assert_eq!(look(b"bpf_trampoline_1\0", lsm + 4, trampoline), (0, 2));
+    // Elsewhere, of another kind, or another's code.
+    assert_eq!(look(b"bpf_trampoline_1\0", other, trampoline), (2, 0));
+    assert_eq!(look(b"bpf_prog_1\0", lsm, trampoline), (2, 0));
+    assert_eq!(look(b"bpf_trampoline_1\0", lsm, THEIRS), (2, 0));
 }
 
 #[test]
@@ -190,7 +242,8 @@ fn function_graph_calls_its_own() {
     guest.symbol(DATA, 'D', "ftrace_graph_entry");
     guest.symbol(DATA + 8, 'D', "__SCK__fgraph_retfunc");
     guest.symbol(DATA + 16, 'd', "fgraph_array");
-    guest.layout("fgraph_ops", &[("entryfunc", 0), ("retfunc", 8)]);
+    let fields = [("entryfunc", 0), ("retfunc", 8), ("saved_func", 16)];
+    guest.layout("fgraph_ops", &fields);
     guest.put(DATA + 24, HEAP);
     let look = |guest: &Fake| {
         guest.check(|view, owners, report| {
@@ -198,7 +251,7 @@ fn function_graph_calls_its_own() {
             report.done(Check::Ftrace, 0, done.err().map(|error| error.to_string()));
         })
     };
-    for at in [DATA, HEAP] {
+    for at in [DATA, HEAP, HEAP + 16] {
         guest.put(at, own);
     }
     for at in [DATA + 8, HEAP + 8] {
@@ -209,6 +262,7 @@ fn function_graph_calls_its_own() {
         (DATA, own, "ftrace_graph_entry".to_owned()),
         (DATA + 8, stub, "__SCK__fgraph_retfunc".to_owned()),
         (HEAP, own, format!("{HEAP:#x}")),
+        (HEAP + 16, own, format!("{HEAP:#x}")),
         (HEAP + 8, stub, format!("{HEAP:#x}")),
     ];
     for (at, was, name) in places {
