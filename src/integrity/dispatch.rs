@@ -24,6 +24,8 @@ use crate::kernel::Gva;
 /// function.
 pub(super) type Callee = (&'static str, Gva, Gva);
 
+/// What a callback calls that is to be limited to some tasks.
+pub(super) const SAVED: &str = "saved function";
 /// The functions of Ftrace's callbacks that call others.
 const FPROBES: [&str; 2] = ["fprobe_handler", "fprobe_kprobe_handler"];
 const LIVE_PATCH: &str = "klp_ftrace_handler";
@@ -53,7 +55,7 @@ pub(super) fn of_callback(
     let mut all = Vec::new();
     // What it is called with once it is to be limited to some tasks.
     let saved = field(view, "ftrace_ops", "saved_func")?;
-    all.push(callee(view, "saved function", ops, saved)?);
+    all.push(callee(view, SAVED, ops, saved)?);
     if view.is_one_of(function, &FPROBES) {
         let fprobe = Gva(ops.0.wrapping_sub(field(view, "fprobe", "ops")?));
         for (what, name) in [

@@ -9,7 +9,8 @@
 //! of the kernel's own entries, the trampoline of registered ops, or that of a BPF
 //! program; what a trampoline calls, and every registered callback, must be the
 //! kernel's own. A callback in a module is a finding whoever's module it is: it
-//! can change where any function goes (`FTRACE_OPS_FL_IPMODIFY`). Where the
+//! can change where any function goes (`FTRACE_OPS_FL_IPMODIFY`). So is one of the
+//! kernel's that it does not register itself (`known.rs`) a doubt. Where the
 //! callback is a function of the kernel's that calls others (`dispatch.rs`), the
 //! same holds for these.
 
@@ -17,6 +18,7 @@ use std::collections::BTreeSet;
 
 use super::dispatch::{self, Callee};
 use super::finding::{Check, Finding, Report};
+use super::known::{self, Role};
 use super::owner::{ftrace_ops, Owner, Owners};
 use super::text::{jump, TextReport, CALL};
 use super::view::{Obstacle, View};
@@ -24,13 +26,6 @@ use crate::kernel::Gva;
 
 /// `FTRACE_OPS_FL_IPMODIFY`, include/linux/ftrace.h.
 const IPMODIFY: u64 = 1 << 13;
-/// What Ftrace calls where it does not call a callback itself.
-const ALL_CALLBACKS: [&str; 4] = [
-    "ftrace_stub",
-    "ftrace_ops_list_func",
-    "arch_ftrace_ops_list_func",
-    "ftrace_ops_assist_func",
-];
 /// Where the kernel's own entries of Ftrace call (arch/x86/kernel/ftrace_64.S).
 const CALLS: [&str; 2] = ["ftrace_call", "ftrace_regs_call"];
 const WHAT: &str = "a callback of Ftrace's";
@@ -51,8 +46,15 @@ pub(super) fn callbacks(
     if let Err(error) = registered(view, owners, report, &mut looked_at, &mut doubts) {
         doubts.push(error.to_string());
     }
-    if let Err(error) = super::graph::callbacks(view, owners, report, &mut looked_at) {
-        doubts.push(error.to_string());
+    match super::graph::callbacks(view) {
+        Ok((all, doubt)) => {
+            doubts.extend(doubt.map(|doubt| doubt.to_string()));
+            for callback in all {
+                looked_at += 1;
+                judge(view, owners, report, &mut doubts, callback);
+            }
+        }
+        Err(error) => doubts.push(error.to_string()),
     }
     match text {
         Some(text) => called(view, owners, text, report),
@@ -61,41 +63,70 @@ pub(super) fn callbacks(
     report.done(Check::Ftrace, looked_at, doubts.into_iter().next());
 }
 
-/// A callback that is not the kernel's.
+/// A function that is called back.
+pub(super) struct Callback {
+    /// What is told of it.
+    pub(super) place: String,
+    /// Where it stands.
+    pub(super) at: Gva,
+    pub(super) function: Gva,
+    /// What else is to be said of the function.
+    pub(super) how: &'static str,
+    pub(super) role: Role,
+}
+
+/// Judges a callback by whose it is, and the kernel's own by its name. Without a
+/// function, nothing is called.
 fn judge(
     view: &View<'_>,
     owners: &Owners,
     report: &mut Report,
-    place: String,
-    address: Gva,
-    function: Gva,
-) -> bool {
-    let found = view.name(function);
-    judge_as(view, owners, report, place, address, (function, found))
-}
-
-/// The same, with what to say of the function.
-fn judge_as(
-    view: &View<'_>,
-    owners: &Owners,
-    report: &mut Report,
-    place: String,
-    address: Gva,
-    (function, found): (Gva, String),
-) -> bool {
-    let owner = owners.owner(view, function);
-    if function.0 == 0 || matches!(owner, Owner::Kernel(_)) {
-        return true;
+    doubts: &mut Vec<String>,
+    callback: Callback,
+) {
+    let Callback {
+        place,
+        function,
+        how,
+        ..
+    } = callback;
+    if function.0 == 0 {
+        return;
     }
+    let owner = owners.owner(view, function);
+    let own = matches!(owner, Owner::Kernel(_));
+    let bpf = dispatch::runs_bpf(view, function);
+    if own && callback.role.has(view, function) {
+        report.note(format!("{place} calls {}{how}", view.name(function)));
+        return;
+    }
+    // Of these all are known.
+    let certain = matches!(
+        callback.role,
+        Role::AllFunctions | Role::GraphEntry | Role::GraphReturn
+    );
+    if own && !bpf && !certain {
+        doubts.push(known::unknown(view, &place, function));
+        return;
+    }
+    let expected = match callback.role {
+        Role::AllFunctions => "a registered callback, or what calls all of them",
+        Role::GraphEntry | Role::GraphReturn => "one of the kernel's own for function_graph",
+        _ => "a function of the kernel's",
+    };
+    let owner = if bpf {
+        "a BPF program".to_owned()
+    } else {
+        owner.to_string()
+    };
     report.add(Finding {
         check: Check::Ftrace,
         place,
-        address: address.0,
-        expected: "a function of the kernel's".to_owned(),
-        found,
-        owner: Some(owner.to_string()),
+        address: callback.at.0,
+        expected: expected.to_owned(),
+        found: format!("{}{how}", view.name(function)),
+        owner: Some(owner),
     });
-    false
 }
 
 /// The registered callbacks, whom these call further on, and what their trampolines
@@ -124,16 +155,19 @@ fn registered(
             0 => "",
             _ => ", which may send functions elsewhere (IPMODIFY)",
         };
-        let place = format!("Ftrace's callback {name}");
-        let found = format!("{}{modifies}", view.name(function));
-        if judge_as(view, owners, report, place, ops, (function, found)) {
-            report.note(format!("Ftrace calls {} ({name})", view.name(function)));
-        }
+        let callback = Callback {
+            place: format!("Ftrace's callback {name}"),
+            at: ops,
+            function,
+            how: modifies,
+            role: Role::Function,
+        };
+        judge(view, owners, report, doubts, callback);
         match dispatch::of_callback(view, ops, function) {
             Ok(mut all) => {
                 // What the table of direct calls has is judged there.
                 all.retain(|(_, _, to)| !called.contains(to));
-                further(view, owners, report, &name, &all);
+                further(view, owners, report, doubts, &name, &all);
             }
             Err(error @ Obstacle::TooMuch(_)) => return Err(error),
             Err(error) => doubts.push(format!(
@@ -144,7 +178,7 @@ fn registered(
         let start = view.pointer(ops.wrapping_add(trampoline), WHAT)?;
         let length = view.pointer(ops.wrapping_add(size), WHAT)?.0;
         if start.0 != 0 && length != 0 {
-            through(view, owners, report, start, function)?;
+            through(view, owners, report, doubts, start, function)?;
         }
     }
     for call in direct {
@@ -153,32 +187,34 @@ fn registered(
             report.note(format!("{} calls {owner}", view.name(call.from)));
         } else {
             let callee = ("direct call", call.at, call.to);
-            further(view, owners, report, "direct_functions", &[callee]);
+            further(view, owners, report, doubts, "direct_functions", &[callee]);
         }
     }
-    entries(view, owners, report, &functions)
+    entries(view, owners, report, doubts, &functions)
 }
 
 /// Whom the kernel's own functions call that callbacks are attached through.
-fn further(view: &View<'_>, owners: &Owners, report: &mut Report, of: &str, all: &[Callee]) {
+fn further(
+    view: &View<'_>,
+    owners: &Owners,
+    report: &mut Report,
+    doubts: &mut Vec<String>,
+    of: &str,
+    all: &[Callee],
+) {
     for &(what, at, function) in all {
-        let place = format!("Ftrace's callback {of}: {what}");
-        let bpf = dispatch::runs_bpf(view, function);
-        if bpf {
-            report.add(Finding {
-                check: Check::Ftrace,
-                place,
-                address: at.0,
-                expected: "a function of the kernel's".to_owned(),
-                found: view.name(function),
-                owner: Some("a BPF program".to_owned()),
-            });
-        } else if judge(view, owners, report, place, at, function) {
-            report.note(format!(
-                "Ftrace calls {} ({of}: {what})",
-                view.name(function)
-            ));
-        }
+        let role = match what {
+            dispatch::SAVED => Role::Function,
+            _ => Role::Attached,
+        };
+        let callback = Callback {
+            place: format!("Ftrace's callback {of}: {what}"),
+            at,
+            function,
+            how: "",
+            role,
+        };
+        judge(view, owners, report, doubts, callback);
     }
 }
 
@@ -188,6 +224,7 @@ fn entries(
     view: &View<'_>,
     owners: &Owners,
     report: &mut Report,
+    doubts: &mut Vec<String>,
     registered: &[Gva],
 ) -> Result<(), Obstacle> {
     let mut all = Vec::new();
@@ -202,17 +239,16 @@ fn entries(
         }
     }
     for (name, at, function) in all {
-        if registered.contains(&function) || view.is_one_of(function, &ALL_CALLBACKS) {
-            continue;
+        if !registered.contains(&function) {
+            let callback = Callback {
+                place: format!("{name}, whom Ftrace calls"),
+                at,
+                function,
+                how: "",
+                role: Role::AllFunctions,
+            };
+            judge(view, owners, report, doubts, callback);
         }
-        report.add(Finding {
-            check: Check::Ftrace,
-            place: format!("{name}, whom Ftrace calls"),
-            address: at.0,
-            expected: "a registered callback, or what calls all of them".to_owned(),
-            found: view.name(function),
-            owner: Some(owners.owner(view, function).to_string()),
-        });
     }
     Ok(())
 }
@@ -224,6 +260,7 @@ fn through(
     view: &View<'_>,
     owners: &Owners,
     report: &mut Report,
+    doubts: &mut Vec<String>,
     start: Gva,
     function: Gva,
 ) -> Result<(), Obstacle> {
@@ -247,8 +284,14 @@ fn through(
         };
         let target = Gva(call.target);
         if target != function {
-            let place = format!("the trampoline of Ftrace's at {start}");
-            judge(view, owners, report, place, at, target);
+            let callback = Callback {
+                place: format!("the trampoline of Ftrace's at {start}"),
+                at,
+                function: target,
+                how: "",
+                role: Role::AllFunctions,
+            };
+            judge(view, owners, report, doubts, callback);
         }
     }
     Ok(())

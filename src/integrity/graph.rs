@@ -12,8 +12,8 @@
 //! nothing. It must be one of those few that kernels have for it.
 
 use super::dispatch;
-use super::finding::{Check, Finding, Report};
-use super::owner::Owners;
+use super::ftrace::Callback;
+use super::known::Role;
 use super::text::jump;
 use super::view::{Obstacle, View};
 use crate::kernel::Gva;
@@ -21,58 +21,22 @@ use crate::kernel::Gva;
 /// FGRAPH_ARRAY_SIZE, kernel/trace/fgraph.c from 6.11 on.
 const GRAPHS: u64 = 16;
 const WHAT: &str = "a callback of function_graph's";
-/// What kernels have function_graph call at the beginning (kernel/trace/fgraph.c,
-/// ftrace.c, trace_functions_graph.c, trace_irqsoff.c, trace_sched_wakeup.c, and the
-/// tests in trace_selftest.c),
-const ENTRIES: [&str; 12] = [
-    "ftrace_graph_entry_stub",
-    "ftrace_graph_entry_test",
-    "trace_graph_entry",
-    "trace_graph_entry_watchdog",
-    "profile_graph_entry",
-    "irqsoff_graph_entry",
-    "wakeup_graph_entry",
-    "entry_run",
-    "fgraph_pid_func",
-    "store_entry",
-    "fprobe_entry",
-    "fprobe_fgraph_entry",
-];
-/// and at the end.
-const RETURNS: [&str; 11] = [
-    "ftrace_stub",
-    "ftrace_stub_graph",
-    "ftrace_graph_ret_stub",
-    "trace_graph_return",
-    "trace_graph_thresh_return",
-    "profile_graph_return",
-    "irqsoff_graph_return",
-    "wakeup_graph_return",
-    "return_run",
-    "store_return",
-    "fprobe_return",
-];
 /// The variables and static calls, and which of the two each is for.
-const VARIABLES: [(&str, &[&str]); 5] = [
-    ("ftrace_graph_entry", &ENTRIES),
-    ("__ftrace_graph_entry", &ENTRIES),
-    ("ftrace_graph_return", &RETURNS),
-    ("__SCK__fgraph_func", &ENTRIES),
-    ("__SCK__fgraph_retfunc", &RETURNS),
+const VARIABLES: [(&str, Role); 5] = [
+    ("ftrace_graph_entry", Role::GraphEntry),
+    ("__ftrace_graph_entry", Role::GraphEntry),
+    ("ftrace_graph_return", Role::GraphReturn),
+    ("__SCK__fgraph_func", Role::GraphEntry),
+    ("__SCK__fgraph_retfunc", Role::GraphReturn),
 ];
 /// Where static calls go that are not made where they stand.
-const TRAMPOLINES: [(&str, &[&str]); 2] = [
-    ("__SCT__fgraph_func", &ENTRIES),
-    ("__SCT__fgraph_retfunc", &RETURNS),
+const TRAMPOLINES: [(&str, Role); 2] = [
+    ("__SCT__fgraph_func", Role::GraphEntry),
+    ("__SCT__fgraph_retfunc", Role::GraphReturn),
 ];
 
-/// Looks at whom function_graph calls.
-pub(super) fn callbacks(
-    view: &View<'_>,
-    owners: &Owners,
-    report: &mut Report,
-    looked_at: &mut u64,
-) -> Result<(), Obstacle> {
+/// Whom function_graph calls, and whether any of them calls others that are not followed.
+pub(super) fn callbacks(view: &View<'_>) -> Result<(Vec<Callback>, Option<Obstacle>), Obstacle> {
     let mut all = Vec::new();
     for (name, known) in VARIABLES {
         if let Ok(at) = view.address(name) {
@@ -97,31 +61,23 @@ pub(super) fn callbacks(
             if ops.0 == 0 {
                 continue;
             }
-            let both: [(_, &[&str]); 2] = [(entry, &ENTRIES), (exit, &RETURNS)];
-            let saved = saved.map(|saved| (saved, &ENTRIES[..]));
+            let both: [(_, Role); 2] = [(entry, Role::GraphEntry), (exit, Role::GraphReturn)];
+            let saved = saved.map(|saved| (saved, Role::GraphEntry));
             for (field, known) in both.into_iter().chain(saved) {
                 let at = ops.wrapping_add(field.offset.into());
                 all.push((view.name(ops), at, view.pointer(at, WHAT)?, known));
             }
         }
     }
-    let mut hidden = None;
-    for (name, at, function, known) in all {
-        *looked_at += 1;
-        if dispatch::hides_fprobes(view, function) {
-            hidden = Some(Obstacle::Unfollowed("fprobes of function_graph's"));
-        }
-        if function.0 == 0 || view.is_one_of(function, known) {
-            continue;
-        }
-        report.add(Finding {
-            check: Check::Ftrace,
-            place: format!("function_graph's callback {name}"),
-            address: at.0,
-            expected: "one of the kernel's own for function_graph".to_owned(),
-            found: view.name(function),
-            owner: Some(owners.owner(view, function).to_string()),
-        });
-    }
-    hidden.map_or(Ok(()), Err)
+    let hides = |(_, _, function, _): &(_, _, Gva, _)| dispatch::hides_fprobes(view, *function);
+    let hidden = all.iter().any(hides);
+    let hidden = hidden.then_some(Obstacle::Unfollowed("fprobes of function_graph's"));
+    let callbacks = all.into_iter().map(|(name, at, function, role)| Callback {
+        place: format!("function_graph's callback {name}"),
+        at,
+        function,
+        how: "",
+        role,
+    });
+    Ok((callbacks.collect(), hidden))
 }

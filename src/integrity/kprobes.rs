@@ -17,6 +17,7 @@
 
 use super::dispatch;
 use super::finding::{Check, Finding, Report};
+use super::known::{self, Role};
 use super::owner::{Owner, Owners, KPROBE};
 use super::text::{jump, CALL};
 use super::view::{Obstacle, View, MAX_ENTRIES};
@@ -244,34 +245,44 @@ pub(super) fn handlers(view: &View<'_>, owners: &Owners, probes: &Probes, report
     let mut doubt = probes.doubt.clone();
     for place in &probes.places {
         for probe in &place.probes {
-            if let Err(error) = judge(view, owners, place.at, probe, report) {
-                doubt.get_or_insert(error.to_string());
+            match judge(view, owners, place.at, probe, report) {
+                Ok(None) => {}
+                Ok(Some(unknown)) => {
+                    doubt.get_or_insert(unknown);
+                }
+                Err(error) => {
+                    doubt.get_or_insert(error.to_string());
+                }
             }
         }
     }
     report.done(Check::Kprobes, probes.places.len() as u64, doubt);
 }
 
+/// Judges a probe's functions, and says where it cannot.
 fn judge(
     view: &View<'_>,
     owners: &Owners,
     at: Gva,
     probe: &Probe,
     report: &mut Report,
-) -> Result<(), Obstacle> {
+) -> Result<Option<String>, Obstacle> {
     let kind = if probe.is_return {
         "kretprobe"
     } else {
         "kprobe"
     };
     let place = format!("{kind} at {}", view.name(at));
-    let mut own = Vec::new();
+    let (mut own, mut unknown) = (Vec::new(), None);
     for &handler in &probe.handlers {
         let owner = match owners.owner(view, handler) {
             Owner::Kernel(_) if dispatch::kprobe_runs_bpf(view, probe.kprobe, handler)? => {
                 "a BPF program".to_owned()
             }
             Owner::Kernel(name) => {
+                if !Role::Probe.has(view, handler) {
+                    unknown = Some(known::unknown(view, &place, handler));
+                }
                 own.push(name);
                 continue;
             }
@@ -289,5 +300,5 @@ fn judge(
     if !own.is_empty() {
         report.note(format!("{place}, of the kernel's own: {}", own.join(", ")));
     }
-    Ok(())
+    Ok(unknown)
 }

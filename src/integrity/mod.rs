@@ -39,6 +39,7 @@ mod graph;
 mod image;
 mod interrupts;
 mod its;
+mod known;
 mod kprobes;
 mod lent;
 mod owner;

@@ -13,6 +13,7 @@
 
 use super::dispatch;
 use super::finding::{Check, Finding, Report};
+use super::known::{self, Role};
 use super::owner::{Owner, Owners};
 use super::view::{Obstacle, View};
 use crate::kernel::Gva;
@@ -28,10 +29,11 @@ pub(super) fn attached(
     report: &mut Report,
 ) {
     let mut looked_at = 0;
-    let doubt = functions(view, owners, image, report, &mut looked_at)
+    let mut unknown = None;
+    let doubt = functions(view, owners, image, report, &mut looked_at, &mut unknown)
         .and_then(|()| events(view, image, report, &mut looked_at))
         .err();
-    let doubt = doubt.map(|error| error.to_string());
+    let doubt = doubt.map(|error| error.to_string()).or(unknown);
     report.done(Check::Tracepoints, looked_at, doubt);
 }
 
@@ -43,6 +45,7 @@ fn functions(
     image: &super::Image,
     report: &mut Report,
     looked_at: &mut u64,
+    unknown: &mut Option<String>,
 ) -> Result<(), Obstacle> {
     const WHAT: &str = "a tracepoint";
     let bounds = ["__start___tracepoints_ptrs", "__stop___tracepoints_ptrs"];
@@ -74,6 +77,10 @@ fn functions(
             let owner = owners.owner(view, function);
             match owner {
                 Owner::Kernel(own) if !own.starts_with("__bpf_trace_") => {
+                    if !Role::Tracepoint.has(view, function) {
+                        let place = format!("tracepoint {name}");
+                        *unknown = Some(known::unknown(view, &place, function));
+                    }
                     report.note(format!("tracepoint {name} calls the kernel's own {own}"));
                 }
                 owner => report.add(Finding {

@@ -1,9 +1,9 @@
 //! What is called through functions of the kernel's own.
 
-use super::super::finding::{Check, Report};
+use super::super::finding::Report;
 use super::super::kprobes::{self, Probes};
 use super::super::text::TextReport;
-use super::super::{ftrace, graph, tracepoints, Image};
+use super::super::{ftrace, tracepoints, Image};
 use super::{found, Fake, DATA, HEAP, MODULES, NOBODYS, TEXT, THEIRS};
 
 const OPS: u64 = HEAP + 0x100;
@@ -122,6 +122,31 @@ fn commands_and_saved_functions_are_looked_at() {
 }
 
 #[test]
+fn a_callback_that_the_kernel_does_not_register_is_a_doubt() {
+    for (function, is_known) in [
+        ("function_trace_call", true),
+        ("perf_ftrace_function_call", true),
+        ("irq_work_single", false),
+        ("kprobe_dispatcher", false),
+    ] {
+        let (mut guest, at) = callback(function);
+        let saved = guest.function("other");
+        let known = |guest: &Fake| {
+            let report = look(guest);
+            assert_eq!(found(&report), []);
+            assert_eq!(doubt(&report).is_some(), report.notes.is_empty());
+            doubt(&report).is_none()
+        };
+        assert_eq!(known(&guest), is_known, "{function}");
+        guest.put(OPS, at + 1);
+        assert!(!known(&guest), "{function}");
+        guest.put(OPS, at);
+        guest.put(OPS + 24, saved);
+        assert!(doubt(&look(&guest)).is_some(), "{function}");
+    }
+}
+
+#[test]
 fn direct_calls_are_looked_at_in_the_callback_and_in_the_table() {
     let (mut guest, _) = callback("call_direct_funcs");
     guest.put(OPS + 48, THEIRS);
@@ -233,34 +258,29 @@ fn ftrace_calls_what_is_registered_or_what_calls_all_of_it() {
 
 #[test]
 fn function_graph_calls_its_own() {
-    let mut guest = Fake::new();
+    let (mut guest, _) = callback("function_trace_call");
+    let base = DATA + 0x40;
     let (own, stub) = (
         guest.function("trace_graph_entry"),
         guest.function("ftrace_stub"),
     );
     let other = guest.function("get_random_u32");
-    guest.symbol(DATA, 'D', "ftrace_graph_entry");
-    guest.symbol(DATA + 8, 'D', "__SCK__fgraph_retfunc");
-    guest.symbol(DATA + 16, 'd', "fgraph_array");
+    guest.symbol(base, 'D', "ftrace_graph_entry");
+    guest.symbol(base + 8, 'D', "__SCK__fgraph_retfunc");
+    guest.symbol(base + 16, 'd', "fgraph_array");
     let fields = [("entryfunc", 0), ("retfunc", 8), ("saved_func", 16)];
     guest.layout("fgraph_ops", &fields);
-    guest.put(DATA + 24, HEAP);
-    let look = |guest: &Fake| {
-        guest.check(|view, owners, report| {
-            let done = graph::callbacks(view, owners, report, &mut 0);
-            report.done(Check::Ftrace, 0, done.err().map(|error| error.to_string()));
-        })
-    };
-    for at in [DATA, HEAP, HEAP + 16] {
+    guest.put(base + 24, HEAP);
+    for at in [base, HEAP, HEAP + 16] {
         guest.put(at, own);
     }
-    for at in [DATA + 8, HEAP + 8] {
+    for at in [base + 8, HEAP + 8] {
         guest.put(at, stub);
     }
-    assert_eq!(found(&look(&guest)), []);
+    assert_eq!((found(&look(&guest)), doubt(&look(&guest))), (vec![], None));
     let places = [
-        (DATA, own, "ftrace_graph_entry".to_owned()),
-        (DATA + 8, stub, "__SCK__fgraph_retfunc".to_owned()),
+        (base, own, "ftrace_graph_entry".to_owned()),
+        (base + 8, stub, "__SCK__fgraph_retfunc".to_owned()),
         (HEAP, own, format!("{HEAP:#x}")),
         (HEAP + 16, own, format!("{HEAP:#x}")),
         (HEAP + 8, stub, format!("{HEAP:#x}")),
@@ -399,7 +419,13 @@ fn a_bpf_program_at_a_kprobe_or_an_event_is_found() {
         })
     };
     assert_eq!(found(&look(&guest)), []);
-    assert_eq!(look(&guest).notes.len(), 1);
+    assert_eq!((look(&guest).notes.len(), doubt(&look(&guest))), (1, None));
+    let other = guest.function("irq_work_single");
+    guest.put(PROBE + 48, other);
+    assert_eq!(found(&look(&guest)), []);
+    let why = look(&guest).outcomes[0].doubt.clone().expect("a doubt");
+    assert!(why.contains("irq_work_single"), "{why}");
+    guest.put(PROBE + 48, 0);
     let programs = HEAP + 0x5000;
     guest.put(EVENT + 8 + 24, programs);
     assert_eq!(found(&look(&guest)), []);
@@ -422,4 +448,33 @@ fn a_bpf_program_at_a_kprobe_or_an_event_is_found() {
     assert_eq!(found(&look(&guest)), []);
     guest.put(event + 24, programs);
     assert_eq!(found(&look(&guest))[0].0, "event event_sched_switch");
+}
+
+#[test]
+fn what_is_attached_to_a_tracepoint_is_known_or_a_doubt() {
+    let (list, point, array) = (DATA + 0x600, DATA + 0x700, HEAP + 0x100);
+    let mut guest = Fake::new();
+    guest.symbol(list, 'd', "__start___tracepoints_ptrs");
+    guest.symbol(list + 4, 'd', "__stop___tracepoints_ptrs");
+    guest.layout("tracepoint", &[("name", 0), ("funcs", 8)]);
+    guest.sized("tracepoint_func", 24);
+    guest.put(point + 8, array);
+    let offset = ((point - list) as u32).to_le_bytes();
+    let image = Image::made_of(&[(".rodata", list, &offset)], &[]);
+    let mut look = |name: &str| {
+        let function = match name {
+            "" => THEIRS,
+            name => guest.function(name),
+        };
+        guest.put(array, function);
+        let report =
+            guest.check(|view, owners, report| tracepoints::attached(view, owners, &image, report));
+        (report.findings.len(), doubt(&report).is_some())
+    };
+    for known in ["probe_sched_switch", "perf_trace_sched_switch"] {
+        assert_eq!(look(known), (0, false), "{known}");
+    }
+    assert_eq!(look("irq_work_single"), (0, true));
+    assert_eq!(look("__bpf_trace_sched_switch"), (1, false));
+    assert_eq!(look(""), (1, false));
 }
