@@ -264,20 +264,24 @@ fn the_script_refuses_only_what_the_hook_refuses() {
 
 #[test]
 fn it_answers_in_less_than_fifty_milliseconds() {
+    const LONGEST: Duration = Duration::from_millis(50);
     let hook = Hook::new();
     let script = hook.script(assert_cmd::cargo::cargo_bin!("xftrace"));
     let xml = domain("id='7'", SHARED, "");
     for operation in ["prepare", "started", "stopped"] {
-        // The best of some, as other tests take their share of the machine.
+        // The best of some, as other tests take their share of the machine, and of more
+        // where it has other work, too.
         let mut best = Duration::MAX;
-        for _ in 0..60 {
+        let (begun, patience) = (Instant::now(), Duration::from_secs(60));
+        for run in 1.. {
             let arguments = ["web1", operation, "begin", "-"];
             best = best.min(hook.run(&script, &arguments, xml.as_bytes()).1);
-            if best < Duration::from_millis(25) {
+            let enough = best < LONGEST && (best < LONGEST / 2 || run >= 60);
+            if enough || begun.elapsed() > patience {
                 break;
             }
         }
         println!("{operation}: {best:?}");
-        assert!(best < Duration::from_millis(50), "{operation}: {best:?}");
+        assert!(best < LONGEST, "{operation}: {best:?}");
     }
 }
