@@ -11,15 +11,20 @@
 //! told from a hook. A function of a module, or of nobody, is found.
 //!
 //! A kprobe where Ftrace cannot call changes the kernel's text: a breakpoint, or a
-//! jump to code that was made for it. Where all handlers are the kernel's own, what
-//! the kprobe has kept of the text is put back before that is compared
-//! ([`Place::restore`]). So nothing is believed that is not in the image.
+//! jump to code that was made for it. Where all handlers are the kernel's own, and what
+//! runs in place of the instructions does the same ([`moved`]), what the kprobe has kept
+//! of the text is put back before that is compared ([`Place::restore`]). So nothing is
+//! believed that is not in the image.
+
+mod moved;
+
+use moved::{Detour, DetourAt, Moved, MovedAt, LONGEST};
 
 use super::dispatch;
 use super::finding::{Check, Finding, Report};
 use super::known::{self, Role};
-use super::owner::{Owner, Owners, KPROBE};
-use super::text::{jump, CALL};
+use super::owner::{Owner, Owners};
+use super::text::jump;
 use super::view::{Obstacle, View, MAX_ENTRIES};
 use crate::kernel::Gva;
 
@@ -30,6 +35,9 @@ const WHAT: &str = "a kprobe";
 const OPTIMIZED: u32 = 4;
 const INT3: u8 = 0xcc;
 const JUMP: u8 = 0xe9;
+/// The most that a kprobe takes the place of: a jump of five bytes that ends in the
+/// first one of an instruction.
+const MOST: usize = 4 + LONGEST;
 
 /// A kprobe or a kretprobe.
 #[derive(Debug)]
@@ -47,19 +55,12 @@ pub(super) struct Place {
     at: Gva,
     /// The probe in the table, and those that it stands for.
     probes: Vec<Probe>,
-    /// What the text has in place of the breakpoint.
+    /// What the text has in place of the breakpoint, or of the jump's first byte.
     opcode: u8,
-    /// What it has where the jump is, behind the opcode.
-    behind: Option<Jump>,
-}
-
-/// Of a kprobe that is a jump.
-#[derive(Debug)]
-struct Jump {
-    /// What was there.
-    bytes: [u8; 4],
-    /// Where it leads.
-    to: Gva,
+    /// What runs in place of the instruction under a breakpoint,
+    moved: Moved,
+    /// and of those under a jump.
+    detour: Option<Detour>,
 }
 
 /// Where things are in `struct kprobe` and `struct kretprobe`.
@@ -72,8 +73,8 @@ struct Offsets {
     handlers: [u64; 2],
     /// Of a kretprobe, from its kprobe on.
     returns: [u64; 2],
-    /// Of an optimized one, from its kprobe on: what it kept, and its code.
-    optimized: Option<[u64; 2]>,
+    moved: MovedAt,
+    detour: Option<DetourAt>,
 }
 
 impl Offsets {
@@ -87,18 +88,7 @@ impl Offsets {
             Ok::<_, Obstacle>(u64::from(field.offset.saturating_sub(inner)))
         };
         // A kernel may be built without.
-        let optimized = btf
-            .structure("optimized_kprobe")
-            .ok()
-            .and_then(|optimized| {
-                let inner = optimized.field("kp").ok()?.offset;
-                let after = |name| {
-                    Some(u64::from(
-                        optimized.field(name).ok()?.offset.checked_sub(inner)?,
-                    ))
-                };
-                Some([after("optinsn.copied_insn")?, after("optinsn.insn")?])
-            });
+        let optimized = btf.structure("optimized_kprobe").ok();
         Ok(Self {
             hlist: field("hlist")?,
             list: kprobe.field("list")?.offset,
@@ -107,7 +97,8 @@ impl Offsets {
             flags: field("flags")?,
             handlers: [field("pre_handler")?, field("post_handler")?],
             returns: [after("handler")?, after("entry_handler")?],
-            optimized,
+            moved: MovedAt::of(&kprobe)?,
+            detour: optimized.as_ref().map(DetourAt::of).transpose()?,
         })
     }
 }
@@ -156,19 +147,16 @@ fn place(view: &View<'_>, offsets: &Offsets, kprobe: Gva) -> Result<Place, Obsta
         probes.push(probe(view, offsets, other)?);
     }
     let flags = view.half(kprobe.wrapping_add(offsets.flags), WHAT)?;
-    let optimized = offsets.optimized.filter(|_| flags & OPTIMIZED != 0);
-    let behind = optimized.map(|[kept, code]| {
-        Ok::<_, Obstacle>(Jump {
-            bytes: view.array(kprobe.wrapping_add(kept), WHAT)?,
-            to: view.pointer(kprobe.wrapping_add(code), WHAT)?,
-        })
-    });
+    let detour = offsets.detour.as_ref().filter(|_| flags & OPTIMIZED != 0);
     let [opcode] = view.array(kprobe.wrapping_add(offsets.opcode), WHAT)?;
     Ok(Place {
         at: view.pointer(kprobe.wrapping_add(offsets.addr), WHAT)?,
         probes,
         opcode,
-        behind: behind.transpose()?,
+        moved: Moved::read(view, &offsets.moved, kprobe)?,
+        detour: detour
+            .map(|at| Detour::read(view, at, kprobe))
+            .transpose()?,
     })
 }
 
@@ -209,35 +197,30 @@ impl Place {
         let Some(code) = code.filter(|_| self.is_own(view)) else {
             return;
         };
-        match (code, &self.behind) {
-            ([first @ INT3, ..], _) => *first = self.opcode,
-            (code @ [JUMP, ..], Some(behind)) => {
-                let leads = jump(self.at.0, code).is_some_and(|jump| jump.target == behind.to.0);
-                if let Some([first, rest @ ..]) = code.first_chunk_mut::<5>() {
-                    if leads && calls_kprobes(view, owners, behind.to) {
-                        (*first, *rest) = (self.opcode, behind.bytes);
-                    }
-                }
+        let mut original = code
+            .get(..code.len().min(MOST))
+            .unwrap_or_default()
+            .to_vec();
+        let put_back = match (&mut *original, &self.detour) {
+            ([first @ INT3, ..], _) => {
+                *first = self.opcode;
+                self.moved.stands_for(view, owners, self.at, &original)
             }
-            _ => {}
+            ([first @ JUMP, a, b, c, d, ..], Some(detour)) => {
+                let leads = jump(self.at.0, code);
+                *first = self.opcode;
+                [*a, *b, *c, *d] = detour.kept;
+                leads.is_some_and(|jump| jump.target == detour.to.0)
+                    && detour.stands_for(view, owners, self.at, &original)
+            }
+            _ => false,
+        };
+        if put_back {
+            for (now, was) in code.iter_mut().zip(original) {
+                *now = was;
+            }
         }
     }
-}
-
-/// Whether it is code that was made for a kprobe, and calls the kernel's function for
-/// that where the kernel has it do so (arch/x86/kernel/kprobes/opt.c).
-fn calls_kprobes(view: &View<'_>, owners: &Owners, code: Gva) -> bool {
-    let template = ["optprobe_template_entry", "optprobe_template_call"];
-    let [Ok(entry), Ok(call)] = template.map(|name| view.address(name)) else {
-        return false;
-    };
-    let at = code.wrapping_add(call.wrapping_sub(entry));
-    let called = view.array::<5>(at, WHAT).ok();
-    let called = called.and_then(|bytes| jump(at.0, &bytes));
-    owners.owner(view, code) == Owner::Made(KPROBE.to_owned())
-        && called.is_some_and(|jump| {
-            jump.opcode == CALL && view.is_one_of(Gva(jump.target), &["optimized_callback"])
-        })
 }
 
 /// Judges whom kprobes call.

@@ -313,6 +313,11 @@ fn probed() -> (Fake, u64) {
         ("post_handler", 48),
         ("opcode", 56),
         ("flags", 64),
+        ("ainsn.insn", 120),
+        ("ainsn.size", 128),
+        ("ainsn.opcode", 136),
+        ("ainsn.rel32", 144),
+        ("ainsn.emulate_op", 152),
     ];
     guest.layout("kprobe", &kprobe);
     guest.layout(
@@ -320,9 +325,10 @@ fn probed() -> (Fake, u64) {
         &[("kp", 0), ("handler", 80), ("entry_handler", 88)],
     );
     let optimized = [
-        ("kp", 0),
-        ("optinsn.copied_insn", 96),
-        ("optinsn.insn", 104),
+        ("kp", 8),
+        ("optinsn.copied_insn", 208),
+        ("optinsn.insn", 216),
+        ("optinsn.size", 224),
     ];
     guest.layout("optimized_kprobe", &optimized);
     guest.layout("trace_kprobe", &[("rp.kp", 16), ("tp.event", 200)]);
@@ -336,11 +342,34 @@ fn probed() -> (Fake, u64) {
     guest.put(PROBE + 40, handler);
     guest.put(PROBE + 56, 0x55);
     guest.put(PROBE - 16 + 200, EVENT);
+    guest.symbol(DATA + 0x300, 'D', "kprobe_insn_slots");
+    guest.symbol(DATA + 0x300, 'D', "kprobe_optinsn_slots");
+    guest.layout("kprobe_insn_cache", &[("pages", 8)]);
+    guest.layout("kprobe_insn_page", &[("list", 0), ("insns", 16)]);
+    guest.put(DATA + 0x308, SLOTS);
+    guest.put(SLOTS, DATA + 0x308);
+    guest.put(SLOTS + 16, SLOT);
+    moved(&guest, &[0x55], &[0xcc]);
     (guest, handler)
+}
+
+/// Lets the kprobe have moved an instruction: this, and what follows it.
+fn moved(guest: &Fake, code: &[u8], behind: &[u8]) {
+    guest.put(PROBE + 120, SLOT + 0x800);
+    guest.put(PROBE + 128, code.len() as u64);
+    guest.bytes(SLOT + 0x800, &[code, behind].concat());
+}
+
+/// A call or a jump.
+fn branch(opcode: u8, at: u64, to: u64) -> [u8; 5] {
+    let mut code = [opcode, 0, 0, 0, 0];
+    code[1..].copy_from_slice(&(to.wrapping_sub(at + 5) as u32).to_le_bytes());
+    code
 }
 
 const PROBE: u64 = HEAP + 0x1000;
 const EVENT: u64 = HEAP + 0x2000;
+const SLOTS: u64 = HEAP + 0x4000;
 const SLOT: u64 = MODULES + 0x1000;
 
 /// The kernel's text, with this at the place that is probed, as it is compared.
@@ -374,40 +403,119 @@ fn a_breakpoint_of_the_kernels_own_is_taken_for_what_it_stands_for() {
 }
 
 #[test]
+fn what_runs_in_place_of_a_probed_instruction_does_the_same() {
+    let (mut guest, _) = probed();
+    let breakpoint = [0xcc, 1, 2, 3, 4, 5];
+    let restored = |guest: &Fake| compared(guest, breakpoint) != breakpoint;
+    // It goes on by a jump, to where it has to.
+    let (at, behind) = (TEXT + 0x800, SLOT + 0x801);
+    moved(&guest, &[0x55], &branch(0xe9, behind, at + 1));
+    assert!(restored(&guest));
+    for other in [
+        branch(0xe9, behind, at + 2),
+        branch(0xe8, behind, at + 1),
+        [0x90; 5],
+    ] {
+        moved(&guest, &[0x55], &other);
+        assert!(!restored(&guest), "{other:x?}");
+    }
+    // Of another size, or another instruction, or none.
+    moved(&guest, &[0x55, 1], &[0xcc]);
+    assert!(restored(&guest));
+    for other in [&[0x54][..], &[], &[0x55, 2], &[0x55; 16]] {
+        moved(&guest, other, &[0xcc]);
+        assert!(!restored(&guest), "{other:x?}");
+    }
+    // In memory that was not made for it.
+    moved(&guest, &[0x55], &[0xcc]);
+    guest.put(SLOTS + 16, SLOT + 0x1000);
+    assert!(!restored(&guest));
+    guest.put(SLOTS + 16, SLOT);
+    // Done by a function, where none is to.
+    assert!(restored(&guest));
+    let [call, jump] =
+        ["kprobe_emulate_call", "kprobe_emulate_jmp"].map(|name| guest.function(name));
+    guest.put(PROBE + 152, call);
+    assert!(!restored(&guest));
+
+    // A call is: by the right function, which has the right size and distance.
+    guest.put(PROBE + 56, 0xe8);
+    guest.put(PROBE + 128, 5);
+    guest.put(PROBE + 144, 0x0403_0201);
+    assert!(restored(&guest));
+    for (at, wrong, right) in [
+        (152, jump, call),
+        (152, THEIRS, call),
+        (152, 0, call),
+        (128, 6, 5),
+        (144, 0x0403_0202, 0x0403_0201),
+    ] {
+        guest.put(PROBE + at, wrong);
+        assert!(!restored(&guest), "{at} {wrong:x}");
+        guest.put(PROBE + at, right);
+        assert!(restored(&guest), "{at}");
+    }
+}
+
+#[test]
 fn a_jump_is_a_kprobes_only_if_it_leads_to_what_was_made_for_it() {
     let (mut guest, _) = probed();
     let callback = guest.function("optimized_callback");
     let template = DATA + 0x400;
-    guest.symbol(template, 'r', "optprobe_template_entry");
-    guest.symbol(template + 16, 'r', "optprobe_template_call");
-    guest.symbol(DATA + 0x300, 'D', "kprobe_insn_slots");
-    guest.symbol(DATA + 0x300, 'D', "kprobe_optinsn_slots");
-    guest.layout("kprobe_insn_cache", &[("pages", 8)]);
-    guest.layout("kprobe_insn_page", &[("list", 0), ("insns", 16)]);
-    let page = HEAP + 0x4000;
-    guest.put(DATA + 0x308, page);
-    guest.put(page, DATA + 0x308);
-    guest.put(page + 16, SLOT);
+    for (within, name) in [
+        (0, "optprobe_template_entry"),
+        (1, "optprobe_template_clac"),
+        (5, "optprobe_template_val"),
+        (16, "optprobe_template_call"),
+        (24, "optprobe_template_end"),
+    ] {
+        guest.symbol(template + within, 'r', name);
+    }
+    guest.bytes(template, &[0x90; 24]);
     guest.put(PROBE + 64, 4);
-    guest.bytes(PROBE + 96, &[1, 2, 3, 4]);
-    guest.put(PROBE + 104, SLOT);
-    let branch = |opcode: u8, at: u64, to: u64| {
-        let mut code = [opcode, 0, 0, 0, 0, 5];
-        code[1..5].copy_from_slice(&(to.wrapping_sub(at + 5) as u32).to_le_bytes());
+    guest.bytes(PROBE + 200, &[1, 2, 3, 4]);
+    guest.put(PROBE + 208, SLOT);
+    guest.put(PROBE + 216, 6);
+    let (at, restored) = (TEXT + 0x800, [0x55, 1, 2, 3, 4, 5]);
+    let jump_to = |to| {
+        let mut code = [5; 6];
+        code[..5].copy_from_slice(&branch(0xe9, at, to));
         code
     };
-    let call = |to: u64| guest.bytes(SLOT + 16, &branch(0xe8, SLOT + 16, to)[..5]);
-    let jump = branch(0xe9, TEXT + 0x800, SLOT);
-    call(callback);
-    assert_eq!(compared(&guest, jump), [0x55, 1, 2, 3, 4, 5]);
-    let elsewhere = branch(0xe9, TEXT + 0x800, SLOT + 1);
+    let jump = jump_to(SLOT);
+    let mut code = [0x90; 35];
+    code[5..7].copy_from_slice(&[0x48, 0xbf]);
+    code[7..15].copy_from_slice(&(PROBE - 8).to_le_bytes());
+    code[16..21].copy_from_slice(&branch(0xe8, SLOT + 16, callback));
+    code[24..30].copy_from_slice(&restored);
+    code[30..].copy_from_slice(&branch(0xe9, SLOT + 30, at + 6));
+    guest.bytes(SLOT, &code);
+    assert_eq!(compared(&guest, jump), restored);
+    let elsewhere = jump_to(SLOT + 1);
     assert_eq!(compared(&guest, elsewhere), elsewhere);
-    call(THEIRS);
-    assert_eq!(compared(&guest, jump), jump);
-    call(callback);
-    // In nobody's memory.
-    guest.put(page + 16, SLOT + 0x1000);
-    assert_eq!(compared(&guest, jump), jump);
+    // All of it has to be as it was made.
+    for byte in 0..code.len() {
+        let mut other = code;
+        other[byte] ^= 0x10;
+        guest.bytes(SLOT, &other);
+        assert_eq!(compared(&guest, jump), jump, "{byte}");
+    }
+    // But for what keeps users' memory closed.
+    code[1..4].copy_from_slice(&[0x0f, 0x01, 0xca]);
+    guest.bytes(SLOT, &code);
+    assert_eq!(compared(&guest, jump), restored);
+    // Of other instructions, of too many, and in nobody's memory.
+    for (place, wrong, right) in [
+        (PROBE + 200, 0x0403_0200, 0x0403_0201),
+        (PROBE + 216, 20, 6),
+        (PROBE + 216, u64::MAX, 6),
+        (SLOTS + 16, SLOT + 0x1000, SLOT),
+    ] {
+        guest.put(place, wrong);
+        assert_eq!(compared(&guest, jump), jump, "{place:x} {wrong:x}");
+        guest.put(place, right);
+        assert_eq!(compared(&guest, jump), restored, "{place:x}");
+    }
 }
 
 #[test]
