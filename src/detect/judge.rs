@@ -5,10 +5,10 @@
 //! takes once in a million calls, and no baseline has seen them all. So what is
 //! new counts as a [`Severity::Warning`] only where it is a habit: the function
 //! was called [`MIN_CALLS`] times or more, and at least [`MIN_SEEN`] times and
-//! one time in [`MIN_SHARE`] it did the new thing. The rest is a notice. Modules
-//! that take part are critical, but where the baseline does not know the function at
-//! all: then they are what is only new. Bands are compared by medians, which a few
-//! outliers do not move.
+//! one time in [`MIN_SHARE`] it did the new thing. The rest is a notice. Code of
+//! modules that takes part is critical; but a baseline that knows such code and does not
+//! know the function at all has only not seen all that it does. Bands are compared by
+//! medians, which a few outliers do not move.
 
 use std::collections::BTreeMap;
 
@@ -81,6 +81,15 @@ impl Judge<'_> {
         all
     }
 
+    /// How much it says that code of modules takes part `seen` times in `all` calls of
+    /// a function that the baseline does not know.
+    fn unlearnt(&self, code: &str, seen: u64, all: u64) -> Severity {
+        match self.baseline {
+            Some(baseline) if baseline.knows_code(code) => habit(seen, all),
+            _ => Severity::Critical,
+        }
+    }
+
     fn evidence(&self, example: &Example<'_>) -> Option<Evidence> {
         Some(Evidence::of(example, self.clock))
     }
@@ -124,7 +133,7 @@ impl Judge<'_> {
             let severity = match known {
                 Some(Some(known)) if known.from_modules.contains(&by) => continue,
                 Some(Some(_)) => Severity::Critical,
-                Some(None) => habit(seen.count, function.calls),
+                Some(None) => self.unlearnt(&by, seen.count, function.calls),
                 None if matches!(site, Site::Module(Some(_))) => continue,
                 None => Severity::Notice,
             };
@@ -202,7 +211,9 @@ impl Judge<'_> {
                         None => Severity::Notice,
                         Some(_) if label.is_nameless_module() => Severity::Notice,
                         Some(_) if known.is_some() => Severity::Critical,
-                        Some(_) => habit(seen.count, calls),
+                        Some(_) => {
+                            self.unlearnt(&baseline::name(labels, callee), seen.count, calls)
+                        }
                     };
                     let rule = match callee {
                         Label::UNLISTED => Rule::UnlistedModule,

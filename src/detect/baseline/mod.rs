@@ -161,6 +161,14 @@ impl Band {
 pub struct TwoKernels(pub String, pub String);
 
 impl Baseline {
+    /// Whether code of modules by this name called anything, or was called, at all.
+    pub(super) fn knows_code(&self, name: &str) -> bool {
+        let takes_part = |function: &Function| {
+            function.from_modules.contains(name) || function.callees.contains_key(name)
+        };
+        self.functions.values().any(takes_part)
+    }
+
     /// One that knows nothing yet.
     pub fn new(kernel: &str) -> Self {
         Self {

@@ -90,7 +90,17 @@ fn a_module_that_sets_itself_up_is_no_hook() {
 
 #[test]
 fn a_function_that_was_not_learnt_counts_once_it_has_a_habit() {
-    let known = learn(&guest(2 * MIN_CALLS, |_, _| {}));
+    // A guest whose modules do something, and one where none ever did.
+    let calm = learn(&guest(2 * MIN_CALLS, |_, _| {}));
+    let known = learn(&guest(2 * MIN_CALLS, |story, _| {
+        story
+            .call("__x64_sys_openat")
+            .call_from("getname", IN_MODULE)
+            .ret()
+            .call_at(IN_MODULE, Gva(address("__x64_sys_openat").0 + 9))
+            .ret()
+            .ret();
+    }));
     let read = |story: &mut Story| {
         read_with(story, |story| {
             story.call_from("getname", IN_MODULE).ret();
@@ -99,7 +109,8 @@ fn a_function_that_was_not_learnt_counts_once_it_has_a_habit() {
                 .ret();
         });
     };
-    let judged = |often| check(&guest(often, |story, _| read(story)), Some(&known));
+    let judged_by = |known, often| check(&guest(often, |story, _| read(story)), Some(known));
+    let judged = |often| judged_by(&known, often);
     let rare = judged(MIN_CALLS / 2);
     let of_vfs_read = |found: &[Finding]| {
         let found = by(found, Rule::UnknownModule);
@@ -108,6 +119,10 @@ fn a_function_that_was_not_learnt_counts_once_it_has_a_habit() {
     };
     assert_eq!(of_vfs_read(&rare), Severity::Notice);
     assert_eq!(of_vfs_read(&judged(2 * MIN_CALLS)), Severity::Warning);
+    let never = judged_by(&calm, 1);
+    assert_eq!(of_vfs_read(&never), Severity::Critical);
+    let all = by(&never, Rule::UnknownModule);
+    assert!(all.iter().all(|found| found.severity == Severity::Critical));
 }
 
 /// A guest with a list of modules from the beginning on. Its records begin when
