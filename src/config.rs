@@ -126,6 +126,9 @@ pub struct Limits {
     /// The most that one session may take on disk, without its symbols, its
     /// keys and the call flow. The trace ends there, and says so.
     pub session_size: ByteSize,
+    /// The most that the calls in a `trace_graph.txt` may take. It ends there, and says
+    /// so; the records are all there.
+    pub text_size: ByteSize,
     /// The largest guest memory that a helper maps.
     pub guest_memory: ByteSize,
 }
@@ -134,6 +137,7 @@ impl Default for Limits {
     fn default() -> Limits {
         Limits {
             session_size: ByteSize(2 << 30),
+            text_size: ByteSize(4 << 30),
             guest_memory: ByteSize(4 << 40),
         }
     }

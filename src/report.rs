@@ -3,8 +3,7 @@
 use std::io::{self, BufWriter};
 use std::path::Path;
 
-use crate::callflow::Tally;
-use crate::output::{self, Format, TimeColumn};
+use crate::output::{self, Format};
 use crate::session::{Session, SessionError, GRAPH_FILE};
 
 /// Why there is no call flow.
@@ -21,17 +20,18 @@ pub enum ReportError {
     Write(#[from] io::Error),
 }
 
-/// Writes a session's `trace_graph.txt` into its directory, whole or not at
-/// all.
+/// Writes a session's `trace_graph.txt` into its directory, in place of what was there
+/// or not at all. Of a trace whose calls take more than `limit` bytes it is the
+/// beginning: returns whether it is all.
 ///
 /// # Errors
 /// See [`ReportError`].
-pub fn write_graph(dir: &Path) -> Result<Tally, ReportError> {
+pub fn write_graph(dir: &Path, limit: u64) -> Result<bool, ReportError> {
     let session = Session::open(dir)?;
     let mut file = tempfile::NamedTempFile::new_in(dir)?;
     let out = BufWriter::with_capacity(1 << 18, &mut file);
-    let tally = Format::Text(TimeColumn::Wall).session(&session, out)?;
+    let whole = Format::graph(&session, out, limit)?;
     file.persist(dir.join(GRAPH_FILE))
         .map_err(|error| error.error)?;
-    Ok(tally)
+    Ok(whole)
 }

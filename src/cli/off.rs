@@ -19,6 +19,7 @@ pub(super) fn run(context: &Context, args: &OffArgs) -> anyhow::Result<Exit> {
     let Reply::Off {
         session,
         graph,
+        is_whole,
         unwritten,
         counters,
         left,
@@ -53,6 +54,13 @@ pub(super) fn run(context: &Context, args: &OffArgs) -> anyhow::Result<Exit> {
              `xftrace report {}`",
             session.display()
         );
+    }
+    if !is_whole {
+        out::message(&format!(
+            "warning: the call flow has not all calls, for it is as large as limits.text_size \
+             allows. `xftrace report {}` writes all",
+            session.display()
+        ));
     }
     let file = match &args.output {
         _ if args.no_copy => return Ok(done),

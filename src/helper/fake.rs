@@ -276,7 +276,8 @@ fn engine(dir: &Path, config: &Config, ram: Arc<VecRam>) -> Engine {
         pidfd: OwnedFd::from(UnixStream::pair().expect("a pair").0),
         max_cpus: 4,
     };
-    Engine::new(domain, config, attached, Graphs::default())
+    let graphs = Graphs::up_to(config.limits.text_size.0);
+    Engine::new(domain, config, attached, graphs)
 }
 
 /// The control block after boot: see tests/ring_reader.rs for the layout.

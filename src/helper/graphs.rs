@@ -12,36 +12,49 @@ const PROGRESS_EVERY: Duration = Duration::from_secs(2);
 
 /// The call flows of one helper. The last one of these to be dropped waits
 /// until they are written: none is left half done.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Graphs(Arc<Threads>);
+#[derive(Clone, Debug)]
+pub(super) struct Graphs {
+    threads: Arc<Threads>,
+    /// How many bytes of calls one may have.
+    limit: u64,
+}
+
+/// Whether a call flow has all calls, or why it could not be written.
+pub(super) type Written = Result<bool, String>;
 
 #[derive(Debug, Default)]
 struct Threads(Mutex<Vec<JoinHandle<()>>>);
 
 impl Graphs {
+    /// Those of a helper whose `limits.text_size` is `limit`.
+    pub(super) fn up_to(limit: u64) -> Self {
+        let threads = Arc::default();
+        Self { threads, limit }
+    }
+
     /// Begins to write that of a closed session.
     pub(super) fn write(&self, dir: PathBuf) {
-        self.spawn(move || {
-            write_graph(&dir);
-        });
+        let limit = self.limit;
+        self.spawn(move || drop(write_graph(&dir, limit)));
     }
 
     /// The same for somebody who waits: calls `progress` every few seconds,
-    /// and `done` at the end, with why it could not be written.
+    /// and `done` at the end.
     pub(super) fn write_for(
         &self,
         dir: PathBuf,
         progress: impl Fn(String) + Send + 'static,
-        done: impl FnOnce(Option<String>) + Send + 'static,
+        done: impl FnOnce(Written) + Send + 'static,
     ) {
-        self.wait_for(move || write_graph(&dir), progress, done);
+        let limit = self.limit;
+        self.wait_for(move || write_graph(&dir, limit), progress, done);
     }
 
     fn wait_for(
         &self,
-        work: impl FnOnce() -> Option<String> + Send + 'static,
+        work: impl FnOnce() -> Written + Send + 'static,
         progress: impl Fn(String) + Send + 'static,
-        done: impl FnOnce(Option<String>) + Send + 'static,
+        done: impl FnOnce(Written) + Send + 'static,
     ) {
         let (written, is_written) = channel();
         self.spawn(move || {
@@ -51,9 +64,9 @@ impl Graphs {
             let begun = Instant::now();
             loop {
                 match is_written.recv_timeout(PROGRESS_EVERY) {
-                    Ok(unwritten) => return done(unwritten),
+                    Ok(written) => return done(written),
                     Err(RecvTimeoutError::Disconnected) => {
-                        return done(Some("whatever wrote it came to an end".to_owned()));
+                        return done(Err("whatever wrote it came to an end".to_owned()));
                     }
                     Err(RecvTimeoutError::Timeout) => progress(format!(
                         "writing the call flow, since {} s",
@@ -65,7 +78,11 @@ impl Graphs {
     }
 
     pub(super) fn are_written(&self) -> bool {
-        let mut threads = self.0 .0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut threads = self
+            .threads
+            .0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         threads.retain(|thread| !thread.is_finished());
         threads.is_empty()
     }
@@ -81,7 +98,11 @@ impl Graphs {
         let thread = std::thread::Builder::new().name("graph".to_owned());
         match thread.spawn(move || take(&its).into_iter().for_each(|work| work())) {
             Ok(thread) => {
-                let mut threads = self.0 .0.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut threads = self
+                    .threads
+                    .0
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner);
                 threads.retain(|thread| !thread.is_finished());
                 threads.push(thread);
             }
@@ -105,10 +126,17 @@ impl Drop for Threads {
 
 /// Writes the call flow of a closed session. What goes wrong is logged, and
 /// given: the records are safe, and `xftrace report` can be asked again.
-fn write_graph(dir: &std::path::Path) -> Option<String> {
-    let error = anyhow::Error::from(crate::report::write_graph(dir).err()?);
-    log::error!("the call flow of {dir:?} could not be written: {error:#}");
-    Some(format!("{error:#}"))
+fn write_graph(dir: &std::path::Path, limit: u64) -> Written {
+    let written = crate::report::write_graph(dir, limit).map_err(anyhow::Error::from);
+    match &written {
+        Ok(true) => {}
+        Ok(false) => log::warn!(
+            "the call flow of {dir:?} ends at the {limit} bytes that limits.text_size allows; \
+             `xftrace report` writes all of it"
+        ),
+        Err(error) => log::error!("the call flow of {dir:?} could not be written: {error:#}"),
+    }
+    written.map_err(|error| format!("{error:#}"))
 }
 
 #[cfg(test)]
@@ -118,16 +146,16 @@ mod tests {
     #[test]
     fn whoever_waits_is_told_of_it_and_then_answered() {
         let (said, says) = channel();
-        let graphs = Graphs::default();
+        let graphs = Graphs::up_to(u64::MAX);
         let last = said.clone();
         graphs.wait_for(
             || {
                 std::thread::sleep(PROGRESS_EVERY * 3 / 2);
-                Some("no room".to_owned())
+                Err("no room".to_owned())
             },
             move |text| said.send(text).expect("somebody waits"),
-            move |why| {
-                let why = why.expect("a reason");
+            move |written| {
+                let why = written.expect_err("a reason");
                 last.send(why).expect("somebody waits");
             },
         );

@@ -68,6 +68,8 @@ pub enum Reply {
         session: PathBuf,
         /// Its call flow.
         graph: PathBuf,
+        /// Whether that has all calls; `limits.text_size` may have it end before.
+        is_whole: bool,
         /// Why that could not be written, if it could not.
         unwritten: Option<String>,
         /// What was counted.

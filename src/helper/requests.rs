@@ -59,11 +59,12 @@ impl Engine {
         };
         let dir = off.session;
         self.graphs
-            .write_for(dir.clone(), progress, move |unwritten| {
+            .write_for(dir.clone(), progress, move |written| {
                 let _ = reply.send(Reply::Off {
                     graph: dir.join(GRAPH_FILE),
                     session: dir,
-                    unwritten,
+                    is_whole: written.as_ref().is_ok_and(|whole| *whole),
+                    unwritten: written.err(),
                     counters: off.counters,
                     left: off.left,
                 });

@@ -51,7 +51,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
 
     let Options { mut domain, config } = options;
     let run_dir = RunDir::at(&config.paths.run);
-    let graphs = Graphs::default();
+    let graphs = Graphs::up_to(config.limits.text_size.0);
     let mut server = Server::bind(&run_dir, domain.uuid)?;
     // Whatever comes of it, a call flow is not left half written.
     loop {
@@ -144,7 +144,7 @@ mod tests {
 
     /// Call flows that are not written before a time has passed.
     fn slow(time: Duration) -> Graphs {
-        let graphs = Graphs::default();
+        let graphs = Graphs::up_to(u64::MAX);
         graphs.spawn(move || std::thread::sleep(time));
         graphs
     }

@@ -46,6 +46,12 @@ pub trait Sink {
     /// Writes the next event.
     fn event(&mut self, event: &Event<'_>) -> io::Result<()>;
 
+    /// Whether it takes another event. Where it does not, the trace is longer than
+    /// what is written of it.
+    fn takes_more(&mut self) -> io::Result<bool> {
+        Ok(true)
+    }
+
     /// Flushes what can be written so far, for those who watch.
     fn flush(&mut self) -> io::Result<()>;
 
@@ -95,6 +101,25 @@ impl Format {
         self.write(out, &Heading::of(session), session, &names, || {
             session.items()
         })
+    }
+
+    /// Writes a session's `trace_graph.txt` to `out`, which should be buffered: at most
+    /// `limit` bytes of calls, a line more, and one that says so where these are not
+    /// all. Returns whether they are.
+    ///
+    /// # Errors
+    /// Like [`Format::session`].
+    pub fn graph(
+        session: &Session,
+        out: impl Write,
+        limit: u64,
+    ) -> Result<bool, ReportError<SessionError>> {
+        let names = Kernels::of(session).map_err(ReportError::Read)?;
+        let (heading, time) = (Heading::of(session), TimeColumn::Wall);
+        let tally = pass(&mut Nowhere, session.items(), &names)?;
+        let mut text = Text::new(out, session, &heading, &tally, time)?.up_to(limit);
+        pass(&mut text, session.items(), &names)?;
+        Ok(text.is_whole())
     }
 
     /// Writes a whole trace to `out`, which should be buffered. `items` gives
@@ -158,7 +183,11 @@ where
 {
     let mut events = events(items, names, Limits::default());
     for event in events.by_ref() {
-        sink.event(&event.map_err(ReportError::Read)?)?;
+        let event = event.map_err(ReportError::Read)?;
+        if !sink.takes_more()? {
+            break;
+        }
+        sink.event(&event)?;
     }
     let tally = events.tally();
     sink.finish(&tally)?;

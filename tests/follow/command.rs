@@ -94,22 +94,28 @@ impl Host {
 
     /// A helper that says of `session` that it is on, or ends it.
     pub(crate) fn helper(&self, session: Option<&Path>) -> Helper {
-        self.answering(session, None)
+        self.answering(session, Ok(true))
     }
 
     /// One that ends `session` and cannot write its call flow.
     pub(crate) fn helper_that_could_not_write(&self, session: &Path, why: &str) -> Helper {
-        self.answering(Some(session), Some(why.to_owned()))
+        self.answering(Some(session), Err(why.to_owned()))
     }
 
-    fn answering(&self, session: Option<&Path>, unwritten: Option<String>) -> Helper {
+    /// One that ends a session whose call flow is cut short.
+    pub(crate) fn helper_that_wrote_a_part(&self, session: &Path) -> Helper {
+        self.answering(Some(session), Ok(false))
+    }
+
+    fn answering(&self, session: Option<&Path>, written: Result<bool, String>) -> Helper {
         let socket = RunDir::at(&self.dir.path().join("run")).socket_path(UUID);
         let listener = UnixListener::bind(&socket).expect("a socket");
         let status = status(session.map(Path::to_owned));
         let ended = session.map(|dir| Reply::Off {
             session: dir.to_owned(),
             graph: dir.join(GRAPH_FILE),
-            unwritten: unwritten.clone(),
+            is_whole: written == Ok(true),
+            unwritten: written.clone().err(),
             counters: Counters::default(),
             left: None,
         });

@@ -46,7 +46,7 @@ fn every_example_is_a_command_line() {
 
 /// A trace that has ended, with a read, a record that is forged, and two that
 /// are lost.
-fn session() -> Growing {
+pub(crate) fn session() -> Growing {
     let mut growing = Growing::new(1);
     growing.pair();
     growing.add(0, PAIRED, Record::Root);
@@ -67,7 +67,7 @@ fn session() -> Growing {
 fn what_examples_are_piped_to_finds_it() {
     let host = Host::new();
     let growing = session();
-    xftrace::report::write_graph(growing.dir()).expect("a call flow");
+    xftrace::report::write_graph(growing.dir(), u64::MAX).expect("a call flow");
     let sessions = growing.dir().parent().expect("where sessions lie");
     symlink(sessions, host.path().join("web1.xftrace")).expect("a link");
     let _helper = host.helper(Some(growing.dir()));

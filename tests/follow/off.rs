@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use crate::command::Host;
+use crate::examples;
 use crate::growing::Growing;
 
 /// Types `xftrace off` with these options in the directory `here`.
@@ -84,4 +85,52 @@ fn a_call_flow_that_could_not_be_written_is_told() {
         assert!(said.contains(text), "{said}");
     }
     assert!(!said.contains("is in"), "{said}");
+}
+
+#[test]
+fn a_call_flow_that_is_cut_short_says_so_and_where_all_of_it_is_to_be_had() {
+    let host = Host::new();
+    let growing = examples::session();
+    let dir = growing.dir();
+    let line = "# The trace goes on.";
+    let write = |limit: u64| {
+        let whole = xftrace::report::write_graph(dir, limit).expect("a call flow");
+        let text = std::fs::read_to_string(dir.join("trace_graph.txt")).expect("text");
+        (whole, text)
+    };
+    let (whole, all) = write(u64::MAX);
+    assert!(whole && !all.contains(line), "{all}");
+    let calls = all.lines().filter(|line| !line.starts_with('#'));
+    let calls: Vec<&str> = calls.collect();
+    let size = calls.iter().map(|line| line.len() as u64 + 1).sum::<u64>();
+    // Room for all of it is enough, and a byte less than for the last line is not.
+    assert_eq!(write(size), (true, all.clone()));
+    let last = calls.last().expect("a call").len() as u64 + 1;
+    let (whole, cut) = write(size - last);
+    assert!(!whole && cut.contains(line), "{cut}");
+    let kept = cut.lines().filter(|line| !line.starts_with('#'));
+    assert_eq!(kept.count(), calls.len() - 1, "{cut}");
+    // Its head is that of the whole trace.
+    let head = |text: &str| {
+        text.lines()
+            .take_while(|line| line.starts_with('#'))
+            .count()
+    };
+    assert_eq!(
+        cut.lines().take(head(&all)).collect::<Vec<_>>(),
+        all.lines().take(head(&all)).collect::<Vec<_>>()
+    );
+
+    let _helper = host.helper_that_wrote_a_part(dir);
+    let here = tempfile::tempdir().expect("a directory");
+    let output = off(&host, here.path(), "");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    let report = format!("`xftrace report {}` writes all", dir.display());
+    assert!(
+        said.contains(&report) && said.contains("limits.text_size"),
+        "{said}"
+    );
+    let copied = std::fs::read_to_string(here.path().join("trace_graph.txt")).expect("a copy");
+    assert_eq!(copied, cut);
 }

@@ -51,6 +51,10 @@ pub struct Text<W, C> {
     /// The line that is being put together.
     line: Vec<u8>,
     ended: bool,
+    /// How many bytes of calls there may be, and how many there are.
+    limit: u64,
+    written: u64,
+    is_cut: bool,
 }
 
 impl<W: Write, C: WallClock> Text<W, C> {
@@ -87,9 +91,24 @@ impl<W: Write, C: WallClock> Text<W, C> {
             date: String::new(),
             line: Vec::with_capacity(512),
             ended: false,
+            limit: u64::MAX,
+            written: 0,
+            is_cut: false,
         };
         text.column_titles()?;
         Ok(text)
+    }
+
+    /// Ends with a line that says so once `limit` bytes of calls are written.
+    #[must_use]
+    pub fn up_to(mut self, limit: u64) -> Self {
+        self.limit = limit;
+        self
+    }
+
+    /// Whether all calls were written, as far as was seen yet.
+    pub fn is_whole(&self) -> bool {
+        !self.is_cut
     }
 
     fn column_titles(&mut self) -> io::Result<()> {
@@ -349,7 +368,20 @@ impl<W: Write, C: WallClock> Sink for Text<W, C> {
             Happening::Lost(loss) => self.lost(event, loss),
             Happening::Boot => self.boot(event),
         }
+        self.written += self.line.len() as u64;
         self.out.write_all(&self.line)
+    }
+
+    fn takes_more(&mut self) -> io::Result<bool> {
+        if self.written >= self.limit && !self.is_cut {
+            self.is_cut = true;
+            writeln!(
+                self.out,
+                "# The trace goes on. This file has as much of it as limits.text_size allows;\n\
+                 # 'xftrace report' with the session's directory writes all of it."
+            )?;
+        }
+        Ok(!self.is_cut)
     }
 
     fn finish(&mut self, _: &Tally) -> io::Result<()> {
