@@ -44,6 +44,9 @@ pub(super) const MODULES_LIMIT: u64 = 4 << 20;
 pub(super) const SYMBOLS_LIMIT: u64 = 32 << 20;
 /// How long before and behind a change nothing is told, of the guest's clock.
 pub const UNSURE_NS: u64 = 1_000_000_000;
+/// The most looks that are gone through for one address. Ten a second are made; more
+/// of them come together only where the guest's clock stands still.
+const MOST_LOOKS: usize = 64;
 
 /// A module of the list.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -140,6 +143,9 @@ impl ModuleHistory {
         let first = looks.partition_point(|look| look.since <= from);
         let end = looks.partition_point(|look| look.after() <= to);
         let held = looks.get(first.saturating_sub(1)..end)?;
+        if held.len() > MOST_LOOKS {
+            return None;
+        }
         let has = |look: &ModuleLook| look.modules.iter().flatten().any(|module| module.has(at));
         if held.iter().any(has) {
             return Some(true);
@@ -240,6 +246,18 @@ mod tests {
             let told = (listed(EXT4), listed(OTHER));
             assert_eq!(told, (ext4, other), "after {second} s");
         }
+    }
+
+    #[test]
+    fn a_clock_that_stands_still_makes_no_work() {
+        let mut history = ModuleHistory::default();
+        let listed = |history: &ModuleHistory| history.listed(1, Gva(EXT4), 20 * SECOND);
+        for _ in 0..MOST_LOOKS {
+            history.push(look(20, Some(&[("ext4", EXT4)])));
+        }
+        assert_eq!(listed(&history), Some(true));
+        history.push(look(20, Some(&[("ext4", EXT4)])));
+        assert_eq!(listed(&history), None);
     }
 
     #[test]
