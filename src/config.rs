@@ -278,9 +278,9 @@ mod tests {
             .values()
             .map(|value| value.as_table().map_or(1, |table| table.len()))
             .sum();
-        // 7 at the top, 7 paths, 2 limits, 2 of the log: a new key must come
+        // 7 at the top, 7 paths, 3 limits, 2 of the log: a new key must come
         // into the example too.
-        assert_eq!(count, 18);
+        assert_eq!(count, 19);
     }
 
     #[test]

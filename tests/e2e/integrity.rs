@@ -368,3 +368,53 @@ fn a_file_system_of_two_modules_is_clean() {
     run("echo x > /tmp/mounted/file && cat /tmp/mounted/file");
     checked.is_clean(checked.live());
 }
+
+/// What hosts of guests and of containers have their kernels do is clean: KVM, file
+/// systems in layers, compressed memory, and BPF programs that are policies and filters.
+/// One that a function of the kernel's calls is found.
+#[test]
+fn what_hosts_of_guests_and_containers_do_is_clean() {
+    let checked = Checked::start("host", "stock-6.12-generic");
+    let guest = &checked.guest;
+    let run = |command: &str| guest.run(command).unwrap().success().unwrap();
+    for module in [
+        "virt/lib/irqbypass",
+        "drivers/crypto/ccp/ccp",
+        "arch/x86/kvm/kvm",
+        "arch/x86/kvm/kvm-amd",
+        "fs/overlayfs/overlay",
+        "lib/lz4/lz4_compress",
+        "lib/lz4/lz4hc_compress",
+        "drivers/block/zram/zram",
+    ] {
+        run(&format!("insmod {}", guest.put_module(module)));
+    }
+    run("test -c /dev/kvm");
+    run(
+        "mkdir /tmp/disk && mount -t tmpfs none /tmp/disk && cd /tmp/disk && \
+         mkdir lower upper work all && echo x > lower/file && mount -t overlay \
+         -o lowerdir=lower,upperdir=upper,workdir=work none all && echo y >> all/file",
+    );
+    run("echo 16M > /sys/block/zram0/disksize && mkswap /dev/zram0 && swapon /dev/zram0");
+    run("mount -t cgroup2 none /sys/fs/cgroup && ip link set lo up");
+    run("bpfprobe cgroup /sys/fs/cgroup && bpfprobe xdp 1 && bpfprobe lsm bpf_lsm_file_open");
+    run("ping -c 3 127.0.0.1");
+    let (status, verdict) = checked.live();
+    let notes = verdict["memory"]["notes"].to_string();
+    for what in ["kvm", "bpf_lsm_file_open"] {
+        assert!(notes.contains(what), "{notes}");
+    }
+    checked.is_clean((status, verdict));
+
+    run("bpfprobe fentry vfs_read");
+    let (_, verdict) = checked.live();
+    let all = found(&verdict);
+    let is = |(check, place, owner): &(String, String, String)| {
+        println!("{check}: {place}: {owner}");
+        check == "ftrace" && owner.contains("BPF")
+    };
+    assert!(!all.is_empty() && all.iter().all(is), "{verdict:#}");
+    run("killall bpfprobe");
+    let clean = || Ok(found(&checked.live().1).is_empty().then_some(()));
+    wait_for(Duration::from_secs(30), clean).expect("a clean guest");
+}
