@@ -16,7 +16,7 @@ use super::baseline::{self, Baseline, Pace};
 use super::finding::{Evidence, Finding};
 use super::profile::{Example, Function, Profile, Root, Seen};
 use super::rules::{Rule, Severity};
-use super::site::{is_dispatcher, is_system_call, Label, Site};
+use super::site::{is_dispatcher, is_system_call, Label, Site, LOADING};
 use super::{MIN_CALLS, MIN_SEEN, MIN_SHARE};
 use crate::output::WallClock;
 
@@ -205,7 +205,9 @@ impl Judge<'_> {
                     seen,
                     Some(calls),
                 ),
-                _ if learnt => continue,
+                // A module does what it likes while it loads, and each another thing.
+                Label::LOADING => continue,
+                _ if learnt || label == Label::LOADING => continue,
                 Label::MODULE | Label::UNLISTED => {
                     let severity = match self.baseline {
                         None => Severity::Notice,
@@ -229,13 +231,20 @@ impl Judge<'_> {
             };
             found.add(finding);
         }
-        let Some(known) = known else { return };
+        let Some(known) = known.filter(|_| label != Label::LOADING) else {
+            return;
+        };
         for (&pair, seen) in &function.orders {
             let order = baseline::order(labels, pair);
             let callee_is_new = |label: Label| {
                 label != Label::EDGE && !known.callees.contains_key(&baseline::name(labels, label))
             };
-            if known.order.contains(&order) || callee_is_new(pair.0) || callee_is_new(pair.1) {
+            let loads = [pair.0, pair.1].contains(&Label::LOADING);
+            if loads
+                || known.order.contains(&order)
+                || callee_is_new(pair.0)
+                || callee_is_new(pair.1)
+            {
                 continue;
             }
             let (first, second) = order.split_once(' ').unwrap_or((&order, ""));
@@ -273,7 +282,7 @@ impl Judge<'_> {
         for callee in known.always.iter().flatten() {
             let with = seen.get(callee).copied().unwrap_or(0);
             let without = function.calls.saturating_sub(with);
-            if without == 0 || function.calls < MIN_CALLS {
+            if without == 0 || function.calls < MIN_CALLS || callee == LOADING {
                 continue;
             }
             found.add(Finding {

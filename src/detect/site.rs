@@ -46,7 +46,7 @@ pub(crate) const OUTSIDE: &str = "(outside)";
 /// The name of [`Label::UNLISTED`], and of a return address there.
 pub(crate) const UNLISTED: &str = "(unlisted code)";
 /// The name of [`Label::LOADING`].
-const LOADING: &str = "(module that loads)";
+pub(crate) const LOADING: &str = "(module that loads)";
 /// The name of [`Label::EDGE`].
 pub(crate) const EDGE: &str = "-";
 

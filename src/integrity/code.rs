@@ -42,9 +42,13 @@ pub(super) fn unowned(view: &View<'_>, owners: &Owners, report: &mut Report) {
                 }
             } else {
                 let finding = open.get_or_insert_with(|| unowned_piece(at));
-                finding.found = format!("code, {} KiB", (at.0 + PAGE - finding.address) >> 10);
+                let size = at.0.wrapping_sub(finding.address).saturating_add(PAGE);
+                finding.found = format!("code, {} KiB", size >> 10);
             }
-            at = at.wrapping_add(PAGE);
+            let Some(next) = at.0.checked_add(PAGE) else {
+                break;
+            };
+            at = Gva(next);
         }
         if let Some(finding) = open {
             report.add(finding);

@@ -20,6 +20,8 @@ mod moved;
 
 use moved::{Detour, DetourAt, Moved, MovedAt, LONGEST};
 
+use std::collections::HashMap;
+
 use super::dispatch;
 use super::finding::{Check, Finding, Report};
 use super::known::{self, Role};
@@ -181,16 +183,34 @@ fn probe(view: &View<'_>, offsets: &Offsets, kprobe: Gva) -> Result<Probe, Obsta
     })
 }
 
+impl Probes {
+    /// Puts into the kernel's text what kprobes took out of it, where that is all that
+    /// they did. Where two are in the table for one address, the kernel goes by either
+    /// (`get_kprobe()`), and it does for neither.
+    pub(super) fn restore(&self, view: &View<'_>, owners: &Owners, text: &mut [u8]) {
+        let mut often = HashMap::new();
+        for place in &self.places {
+            *often.entry(place.at).or_insert(0) += 1;
+        }
+        let once = self
+            .places
+            .iter()
+            .filter(|place| often.get(&place.at) == Some(&1));
+        once.for_each(|place| place.restore(view, owners, text));
+    }
+}
+
 impl Place {
-    /// Whether all that is called is the kernel's own.
+    /// Whether anything is called, and all of it is the kernel's own.
     fn is_own(&self, view: &View<'_>) -> bool {
-        let mut handlers = self.probes.iter().flat_map(|probe| &probe.handlers);
-        handlers.all(|&handler| view.in_text(handler))
+        let handlers = self.probes.iter().flat_map(|probe| &probe.handlers);
+        let mut handlers = handlers.peekable();
+        handlers.peek().is_some() && handlers.all(|&handler| view.in_text(handler))
     }
 
     /// Puts into the kernel's text what the kprobe took out of it, where that is all
     /// that it did: a breakpoint, or a jump to its own code.
-    pub(super) fn restore(&self, view: &View<'_>, owners: &Owners, text: &mut [u8]) {
+    fn restore(&self, view: &View<'_>, owners: &Owners, text: &mut [u8]) {
         let link = view.kernel.link(self.at);
         let within = usize::try_from(link.wrapping_sub(view.symbols.text().start));
         let code = within.ok().and_then(|within| text.get_mut(within..));
@@ -202,9 +222,14 @@ impl Place {
             .unwrap_or_default()
             .to_vec();
         let put_back = match (&mut *original, &self.detour) {
-            ([first @ INT3, ..], _) => {
+            // It goes on in the detour where there is one already
+            // (`setup_detour_execution()`).
+            ([first @ INT3, ..], detour) => {
                 *first = self.opcode;
+                let stands_for =
+                    |detour: &Detour| detour.stands_for(view, owners, self.at, &original);
                 self.moved.stands_for(view, owners, self.at, &original)
+                    && detour.as_ref().is_none_or(stands_for)
             }
             ([first @ JUMP, a, b, c, d, ..], Some(detour)) => {
                 let leads = jump(self.at.0, code);

@@ -240,9 +240,7 @@ fn compare_text(
     // By the guest's page tables: what runs is what they lead to.
     let memory = view.bytes(view.kernel.runtime(text.start), room, "the kernel's text");
     let mut memory = memory.map_err(|error| error.to_string())?;
-    for place in &probes.places {
-        place.restore(view, owners, &mut memory);
-    }
+    probes.restore(view, owners, &mut memory);
     text::compare(
         &trusted.image,
         &trusted.sites,

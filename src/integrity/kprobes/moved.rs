@@ -2,10 +2,10 @@
 //! of them elsewhere, or a function that does the same.
 //!
 //! ```text
-//! breakpoint  ainsn.emulate_op     a function of the kernel's; where the instruction
-//!                                  leads is in ainsn.rel32
-//!             or ainsn.insn        copy of the instruction, then a breakpoint or a jump
+//! breakpoint  ainsn.insn           copy of the instruction, then a breakpoint or a jump
 //!                                  back
+//!             ainsn.emulate_op     a function of the kernel's, for some instructions;
+//!                                  where they lead is in ainsn.rel32
 //! jump        optinsn.insn         template, which calls the handlers;
 //!                                  copies of the instructions; a jump back
 //! ```
@@ -14,8 +14,10 @@
 //! who changes it leads the kernel elsewhere under the name of a tracer of its own. So
 //! it has to be what the kernel would have made of the instructions.
 //!
-//! How long the instruction is, the guest says: no decoder is here that would know it
-//! better. A shorter one than it is runs the rest of its bytes as an instruction.
+//! Which of the two runs, the kernel decides by a bit of its own (`ainsn.boostable`), so
+//! both have to be right. Where the instruction begins and how long it is, the guest
+//! says: no decoder is here that would know it better. A shorter one than it is runs the
+//! rest of its bytes as an instruction.
 
 use super::{INT3, JUMP, WHAT};
 use crate::integrity::owner::{Owner, Owners, KPROBE};
@@ -98,9 +100,10 @@ impl Moved {
         at: Gva,
         original: &[u8],
     ) -> bool {
-        if let Some(emulated) = Emulated::of(original) {
-            return emulated.is_by(view, self);
-        }
+        let is_right = match Emulated::of(original) {
+            Some(emulated) => emulated.is_by(view, self),
+            None => self.emulate.0 == 0,
+        };
         let size = usize::from(self.size);
         let parts = self
             .code
@@ -113,7 +116,7 @@ impl Moved {
             [INT3, ..] => true,
             _ => jumps(self.copy.wrapping_add(size as u64), behind, at, size as u64),
         };
-        self.emulate.0 == 0
+        is_right
             && size != 0
             && goes_on
             && is_copy(copy, original, self.copy.wrapping_sub(at))

@@ -377,9 +377,7 @@ fn compared(guest: &Fake, code: [u8; 6]) -> [u8; 6] {
     let mut text = [0x90; 0x1000];
     text[0x800..0x806].copy_from_slice(&code);
     guest.check(|view, owners, _| {
-        for place in &Probes::of(view).places {
-            place.restore(view, owners, &mut text);
-        }
+        Probes::of(view).restore(view, owners, &mut text);
     });
     text[0x800..0x806].try_into().expect("six")
 }
@@ -393,6 +391,25 @@ fn a_breakpoint_of_the_kernels_own_is_taken_for_what_it_stands_for() {
     assert_eq!(compared(&guest, [0xe9; 6]), [0xe9; 6]);
     guest.put(PROBE + 40, THEIRS);
     assert_eq!(compared(&guest, breakpoint), breakpoint);
+    // There is none, which the kernel has for nothing.
+    guest.put(PROBE + 40, 0);
+    assert_eq!(compared(&guest, breakpoint), breakpoint);
+    // Two are in the table for one address.
+    guest.put(PROBE + 40, handler);
+    let twin = HEAP + 0x3800;
+    for word in (0..256).step_by(8) {
+        let value = match word {
+            0 => 0,
+            16 => twin + 16,
+            32 => TEXT + 0x800,
+            _ => 0,
+        };
+        guest.put(twin + word, value);
+    }
+    guest.put(DATA + 8 * 62, twin);
+    assert_eq!(compared(&guest, breakpoint), breakpoint);
+    guest.put(DATA + 8 * 62, 0);
+    assert_ne!(compared(&guest, breakpoint), breakpoint);
     // Of several at one place, one is.
     guest.put(PROBE + 40, handler);
     let other = HEAP + 0x3000;
@@ -438,9 +455,13 @@ fn what_runs_in_place_of_a_probed_instruction_does_the_same() {
     guest.put(PROBE + 152, call);
     assert!(!restored(&guest));
 
-    // A call is: by the right function, which has the right size and distance.
+    // A call is: by the right function, which has the right size and distance. Its copy
+    // has to be right all the same.
     guest.put(PROBE + 56, 0xe8);
-    guest.put(PROBE + 128, 5);
+    moved(&guest, &[0xe8, 1, 2, 3, 5], &[0xcc]);
+    guest.put(PROBE + 144, 0x0403_0201);
+    assert!(!restored(&guest));
+    moved(&guest, &[0xe8, 1, 2, 3, 4], &[0xcc]);
     guest.put(PROBE + 144, 0x0403_0201);
     assert!(restored(&guest));
     for (at, wrong, right) in [
@@ -493,6 +514,13 @@ fn a_jump_is_a_kprobes_only_if_it_leads_to_what_was_made_for_it() {
     assert_eq!(compared(&guest, jump), restored);
     let elsewhere = jump_to(SLOT + 1);
     assert_eq!(compared(&guest, elsewhere), elsewhere);
+    // A breakpoint there leads there as well.
+    let mut breakpoint = restored;
+    breakpoint[0] = 0xcc;
+    assert_eq!(compared(&guest, breakpoint), restored);
+    guest.put(PROBE + 208, SLOT + 1);
+    assert_eq!(compared(&guest, breakpoint), breakpoint);
+    guest.put(PROBE + 208, SLOT);
     // All of it has to be as it was made.
     for byte in 0..code.len() {
         let mut other = code;
