@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use xftrace::kernel::{has_banner, probe, FindError, Kernel};
+use xftrace::kernel::{find_all_beside, has_banner, probe, FindError, Kernel};
 use xftrace::ram::{Gpa, GuestRam, Layout, VecRam, PAGE_SIZE};
 
 mod support;
@@ -167,13 +167,33 @@ fn a_long_list_of_nothing_costs_little() {
     });
 }
 
-/// No guest has so many. What is returned is bounded all the same.
+/// No guest has so many. What is returned is bounded all the same, and the true one is
+/// still there for whoever knows where it was.
 #[test]
 fn thousands_of_perfect_copies_are_cut_off() {
     const MOST: usize = 4096;
     let guest = guest(64, 17 * GIB);
     assert!(plant(&guest).len() > MOST);
-    assert_eq!(find(&guest).len(), MOST);
+    let found = find(&guest);
+    assert_eq!(found.len(), MOST);
+    let place = Gpa(guest.plan.phys_text);
+    assert!(!found.contains(&place));
+    for (known, is_there) in [
+        (place, true),
+        (found[1], false),
+        (Gpa(place.0 + 1), false),
+        (Gpa(u64::MAX), false),
+    ] {
+        let kernels = find_all_beside(&guest.ram, &guest.symbols, Some(known));
+        let places: Vec<Gpa> = kernels
+            .expect("kernels")
+            .iter()
+            .map(|one| one.phys_text)
+            .collect();
+        assert_eq!(places.len(), MOST, "{known}");
+        assert!(places.is_sorted() && places.windows(2).all(|two| two[0] != two[1]));
+        assert_eq!(places.contains(&place), is_there, "{known}");
+    }
 }
 
 /// What the finder says where there are false kernels only: of the one that

@@ -572,7 +572,7 @@ fn an_elf_image_with_holes_tells_them() {
 }
 
 /// A whole part that is missing is a hole too; that between low and high RAM is none,
-/// nor what is below 1 MiB, nor what is in front of a memory module.
+/// nor what is below 1 MiB, nor what is in front of the firmware or a memory module.
 #[test]
 fn an_elf_image_without_a_part_tells_it() {
     const MIB: u64 = 1 << 20;
@@ -580,6 +580,7 @@ fn an_elf_image_without_a_part_tells_it() {
         (0, PAGE_SIZE, PAGE_SIZE),
         (MIB, PAGE_SIZE, PAGE_SIZE),
         (3 * MIB, PAGE_SIZE, 2 * PAGE_SIZE),
+        (0xfffc_0000, PAGE_SIZE, PAGE_SIZE),
         (ABOVE_HOLE, PAGE_SIZE, PAGE_SIZE),
         (2 * ABOVE_HOLE, PAGE_SIZE, PAGE_SIZE),
     ];

@@ -111,6 +111,9 @@ pub(super) fn run(context: &Context, args: &EnrollArgs) -> anyhow::Result<Exit> 
         }
     }
     writeln!(out, "Undo: xftrace unenroll {name}")?;
+    if wanted.cmdline.is_some() && trace.cmdline.is_none() {
+        writeln!(out, "      {}", guest_boot::undo())?;
+    }
     Ok(Exit::Done)
 }
 

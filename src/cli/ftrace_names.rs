@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{bail, Context as _};
 
-use crate::kernel::Symbols;
+use crate::kernel::{FtraceNameError, Symbols};
 use crate::libvirt::shell_word;
 use crate::symfiles::Known;
 
@@ -40,8 +40,8 @@ pub(super) fn ftrace_names(
         );
     };
     let names = |symbols: &Symbols, file: &Path| {
-        let names = typed.iter().map(|typed| of_kernel(symbols, typed));
-        let names: anyhow::Result<Vec<String>> = names.collect();
+        let names = typed.iter().map(|typed| symbols.ftrace_name(typed));
+        let names: Result<Vec<String>, FtraceNameError> = names.collect();
         names.with_context(|| format!("by the symbols of {}", file.display()))
     };
     let wanted = names(&symbols, &first)?;
@@ -59,21 +59,6 @@ pub(super) fn ftrace_names(
         );
     }
     Ok(wanted)
-}
-
-/// What a function is called in the guest.
-fn of_kernel(symbols: &Symbols, typed: &str) -> anyhow::Result<String> {
-    let found = symbols.resolve_function(typed)?;
-    if symbols.address(&found.name).is_some() {
-        return Ok(found.name);
-    }
-    let copies = found.addresses.iter();
-    let copies = copies.filter_map(|&at| symbols.lookup(at).map(|(name, _)| name));
-    bail!(
-        "the guest's kernel has {typed:?} only as copies that the compiler made, which its Ftrace \
-         knows by their own names: type {} instead",
-        copies.collect::<Vec<_>>().join(",")
-    )
 }
 
 /// All symbols in the store; what is no file of symbols is passed over, as the helper

@@ -25,6 +25,13 @@ pub(super) fn commands(parameters: &str) -> String {
     )
 }
 
+/// What undoes [`commands`] inside the guest.
+pub(super) fn undo() -> &'static str {
+    "rm /etc/default/grub.d/xftrace.cfg && update-grub && reboot    (inside the guest, as root; \
+     where there is no update-grub: grubby --update-kernel=ALL --remove-args='ftrace \
+     ftrace_graph_filter trace_buf_size' && reboot)"
+}
+
 /// As it stands between double quotes of a shell.
 fn escaped(c: char) -> impl Iterator<Item = char> {
     let escape = matches!(c, '$' | '`' | '"' | '\\').then_some('\\');

@@ -20,6 +20,7 @@ mod check;
 mod client;
 mod doctor;
 mod enroll;
+mod enroll_command;
 mod follow;
 mod ftrace_names;
 mod guest_boot;

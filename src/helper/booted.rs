@@ -7,7 +7,8 @@
 
 use std::time::{Duration, Instant};
 
-use crate::kernel::stock::{command_line, reserved_command_line, Stock, StockError};
+use crate::kernel::stock::{command_line, reserved_command_line, Stock};
+use crate::kernel::FtraceNameError;
 use crate::ram::GuestRam;
 
 use super::link::Link;
@@ -77,16 +78,19 @@ impl BootLook {
 }
 
 fn look(ram: &dyn GuestRam, guest: &Guest, stock: &Stock, functions: &[String]) -> PlainBoot {
-    let full = |name: &String| {
-        let found = guest.symbols.resolve_function(name);
-        found.map_or_else(|_| name.clone(), |found| found.name)
-    };
-    let functions: Vec<String> = functions.iter().map(full).collect();
+    let full = |name: &String| guest.symbols.ftrace_name(name);
+    let known: Result<Vec<String>, FtraceNameError> = functions.iter().map(full).collect();
+    // With a name that it does not have, a kernel would record every function.
+    let unknown = known.is_err();
+    let functions = known.as_deref().unwrap_or_default();
     let seen = || {
-        let array = stock.tracing(ram, &functions)?;
+        if let Err(why) = &known {
+            anyhow::bail!("{why}");
+        }
+        let array = stock.tracing(ram, functions)?;
         let booted = stock.functions(ram, &guest.symbols)?;
-        booted.require(&functions)?;
-        Ok::<_, StockError>(PlainRing {
+        booted.require(functions)?;
+        Ok(PlainRing {
             instance: array.name,
             reserved: array.boot_mapped,
             kb: array.kb,
@@ -95,14 +99,15 @@ fn look(ram: &dyn GuestRam, guest: &Guest, stock: &Stock, functions: &[String]) 
     };
     let (ring, cannot) = match seen() {
         Ok(ring) => (Some(ring), None),
-        Err(why) => (None, Some(format!("{:#}", anyhow::Error::from(why)))),
+        Err(why) => (None, Some(format!("{why:#}"))),
     };
     PlainBoot {
         ring,
         cannot,
-        command_line: command_line(&functions),
+        command_line: command_line(functions),
+        unknown,
         reserved: stock.can_reserve.then(|| {
-            let (command_line, typed) = reserved_command_line(&functions);
+            let (command_line, typed) = reserved_command_line(functions);
             (command_line, typed.to_owned())
         }),
     }
@@ -126,6 +131,7 @@ mod tests {
                     ring: None,
                     cannot: None,
                     command_line: command_line(&functions),
+                    unknown: false,
                     reserved: None,
                 }
             });

@@ -52,6 +52,11 @@ impl Candidates {
         self.known = Some(place);
     }
 
+    /// Where it was.
+    pub(super) fn known(&self) -> Option<Gpa> {
+        self.known
+    }
+
     /// Whether this is where it was.
     pub(super) fn is_known(&self, place: Gpa) -> bool {
         self.known == Some(place)

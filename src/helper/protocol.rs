@@ -148,6 +148,8 @@ pub struct PlainBoot {
     pub cannot: Option<String>,
     /// What to boot it with for these functions.
     pub command_line: String,
+    /// Whether its kernel does not have one of them: none is in the command line then.
+    pub unknown: bool,
     /// The same for a ring buffer in memory that is reserved at boot, and what to type
     /// in the guest then; none where its kernel cannot have that.
     pub reserved: Option<(String, String)>,

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::kernel::{banners, find_all, has_banner, Kernel, Symbols};
+use crate::kernel::{banners, find_all_beside, has_banner, Kernel, Symbols};
 use crate::ram::{Gpa, GuestRam, RamError};
 use crate::symfiles::{Head, Known};
 
@@ -81,10 +81,10 @@ impl Fitting {
         let mut why = anyhow::Error::msg(self.why);
         let mut first = None;
         for (path, symbols) in self.found {
-            match find_all(ram, &symbols) {
+            match find_all_beside(ram, &symbols, place) {
                 Ok(mut kernels) => {
                     let known = kernels.iter().position(|one| Some(one.phys_text) == place);
-                    // `find_all` gives one at least.
+                    // There is one at least.
                     let kernel = kernels.remove(known.unwrap_or(0));
                     let found = Found {
                         kernel,

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::kernel::control::Heartbeat;
-use crate::kernel::{find_all, Kernel, Symbols};
+use crate::kernel::{find_all_beside, Kernel, Symbols};
 use crate::ram::{Gpa, GuestRam, RamError};
 use crate::session::ClockPair;
 
@@ -282,7 +282,8 @@ impl Watch {
         found.sort_by_key(|(_, symbols)| symbols.address("kallsyms_offsets").is_none());
         let mut there = Vec::new();
         for (path, symbols) in found {
-            let kernels = match find_all(ram, &symbols) {
+            let known = self.candidates.known();
+            let kernels = match find_all_beside(ram, &symbols, known) {
                 Ok(kernels) => kernels,
                 Err(error) => {
                     why = format!("{:#}", anyhow::Error::from(error));

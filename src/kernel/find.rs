@@ -15,7 +15,9 @@
 //! Whoever has the guest's kernel can plant the text at every such place, and
 //! pass any of the checks too. It must neither hide the true kernel nor cost
 //! the host much. So each place is looked at on its own, no number of false
-//! ones ends the search, and a place costs little: the checks are a few small
+//! ones ends the search (but [`MAX_KERNELS`] that pass every check, and then one at a
+//! place that is known from before is among those that are given), and a place costs
+//! little: the checks are a few small
 //! copies, and the list of functions is read only as far as it is right. The
 //! work is bounded by the guest's RAM, at less than a millisecond for each
 //! 2 MiB of it, and that only where all of it was planted with care.
@@ -45,9 +47,7 @@ const IMAGE_SPACE: u64 = 1 << 30;
 /// 200 bytes in Debian's.
 const MAX_BANNER: usize = 1024;
 
-/// How many kernels are returned. Each has 2 MiB of RAM that passes every check:
-/// who can plant so many has no need to hide the true one among them, for
-/// a single copy that lives is as good.
+/// How many kernels are returned. Each has 2 MiB of RAM that passes every check.
 const MAX_KERNELS: usize = 4096;
 
 /// What a place that has the right banner must pass to be a kernel, in the
@@ -154,7 +154,20 @@ pub enum FindError {
 /// # Errors
 /// A [`FindError`] that says what is there instead.
 pub fn find_all(ram: &dyn GuestRam, symbols: &Symbols) -> Result<Vec<Kernel>, FindError> {
-    let found = search(ram, symbols)?;
+    find_all_beside(ram, symbols, None)
+}
+
+/// Like [`find_all`]. Where one lies at `known`, it is among those that are given,
+/// however many others there are.
+///
+/// # Errors
+/// Like [`find_all`].
+pub fn find_all_beside(
+    ram: &dyn GuestRam,
+    symbols: &Symbols,
+    known: Option<Gpa>,
+) -> Result<Vec<Kernel>, FindError> {
+    let found = search(ram, symbols, known)?;
     if !found.kernels.is_empty() {
         return Ok(found.kernels);
     }
@@ -181,7 +194,7 @@ pub fn find_all(ram: &dyn GuestRam, symbols: &Symbols) -> Result<Vec<Kernel>, Fi
 /// # Errors
 /// [`FindError::Symbol`] or [`FindError::Ram`].
 pub fn probe(ram: &dyn GuestRam, symbols: &Symbols) -> Result<Vec<Kernel>, FindError> {
-    Ok(search(ram, symbols)?.kernels)
+    Ok(search(ram, symbols, None)?.kernels)
 }
 
 /// Whether a kernel's banner lies `offset` bytes after a place where an image
@@ -256,13 +269,18 @@ impl Rejected {
     }
 }
 
-fn search(ram: &dyn GuestRam, symbols: &Symbols) -> Result<Found, FindError> {
+fn search(ram: &dyn GuestRam, symbols: &Symbols, known: Option<Gpa>) -> Result<Found, FindError> {
     static SAID: Once = Once::new();
     let anchors = Anchors::new(symbols)?;
     let functions = LazyCell::new(|| Functions::of(symbols));
     let mut kernels = Vec::new();
     let mut rejected: Option<Rejected> = None;
     let mut at = Gpa(0);
+    if let Some(base) = known.filter(|base| base.0 % STEP == 0) {
+        let its = examine(ram, symbols, &anchors, &functions, base);
+        kernels.extend(its.and_then(Result::ok));
+    }
+    let from_before = kernels.first().map(|kernel: &Kernel| kernel.phys_text);
     while let Some(base) = next_candidate(ram, anchors.banner, at) {
         if kernels.len() >= MAX_KERNELS {
             // It is looked at again and again.
@@ -275,6 +293,7 @@ fn search(ram: &dyn GuestRam, symbols: &Symbols) -> Result<Found, FindError> {
             break;
         }
         match examine(ram, symbols, &anchors, &functions, base) {
+            Some(Ok(_)) if from_before == Some(base) => {}
             Some(Ok(kernel)) => kernels.push(kernel),
             Some(Err(next)) if rejected.as_ref().is_none_or(|last| next.check > last.check) => {
                 rejected = Some(next);
@@ -287,6 +306,7 @@ fn search(ram: &dyn GuestRam, symbols: &Symbols) -> Result<Found, FindError> {
         at = next;
     }
     ram.check()?;
+    kernels.sort_unstable_by_key(|kernel| kernel.phys_text);
     Ok(Found { kernels, rejected })
 }
 

@@ -44,7 +44,7 @@ mod symbols;
 pub use address::Gva;
 pub(crate) use escape::escape;
 pub use executable::Executable;
-pub use find::{banners, find_all, has_banner, probe, Check, FindError};
+pub use find::{banners, find_all, find_all_beside, has_banner, probe, Check, FindError};
 pub use image::Kernel;
 pub use modules::{
     is_name, modules, Kallsyms, KallsymsError, Module, ModuleFunctions, ModuleList, ModulesError,
@@ -53,6 +53,6 @@ pub use online::Online;
 pub use paging::{Mapped, PageTables, WalkError};
 pub(crate) use started::has_started;
 pub use symbols::{
-    FunctionMatch, ModuleFunction, Symbols, SymbolsError, SymbolsFault, TableFault,
-    UnknownFunction, UnknownWhy,
+    FtraceNameError, FunctionMatch, ModuleFunction, Symbols, SymbolsError, SymbolsFault,
+    TableFault, UnknownFunction, UnknownWhy,
 };

@@ -261,15 +261,17 @@ fn segments(file: &File, size: u64) -> Result<Segments, ImageError> {
 
 /// What lies between the parts of a dump, where a PC's RAM has no hole: from the end
 /// of the first MiB, which video memory and ROMs cut up, to the last part below 4 GiB.
-/// Memory modules begin at round addresses above that.
+/// Memory modules begin at round addresses above that. What QEMU has in its last half a
+/// gigabyte, the firmware and video memory, is in a dump too, and is no RAM: that never
+/// reaches so far (`max-ram-below-4g`, hw/i386/pc.c).
 fn gaps(mut spans: Vec<(u64, u64)>) -> Vec<(Gpa, u64)> {
     const LOW: u64 = 1 << 20;
-    const HIGH: u64 = 4 << 30;
+    const DEVICES: u64 = 0xe000_0000;
     spans.sort_unstable();
     let mut gaps = Vec::new();
     let mut end = LOW;
     for (from, to) in spans {
-        if from > end && from < HIGH {
+        if from > end && from < DEVICES {
             gaps.push((Gpa(end), from - end));
         }
         end = end.max(to);

@@ -45,9 +45,9 @@ pub(crate) fn every_call(row: &Row) {
     };
     guest.start().unwrap();
     let map = &guest.lab().artifacts(guest.kernel()).unwrap().system_map;
-    let enrolled = xftrace(&["enroll", name, "--symbols", map.to_str().unwrap()]);
-
-    let (output, status) = unstopped(&guest, || {
+    let (enrolled, output, status) = unstopped(&guest, || {
+        // Its helper starts with this, and looks for the guest's memory and kernel.
+        let enrolled = xftrace(&["enroll", name, "--symbols", map.to_str().unwrap()]);
         let mut on = vec!["on", "-d", name, "--interval", "20ms"];
         if row.meanwhile != Meanwhile::Dimm {
             on.extend(["--buffer-size", BUFFER]);
@@ -70,7 +70,7 @@ pub(crate) fn every_call(row: &Row) {
         memory_is_clean(&guest, &kernel);
         let status = xftrace(&["status", "-d", name]);
         xftrace(&["off", "-d", name]);
-        (output, status)
+        (enrolled, output, status)
     });
 
     let pid = output.lines().find_map(|line| line.strip_prefix("pid "));

@@ -13,6 +13,7 @@ use xftrace_lab::{wait_for, Backing, Domain};
 
 use crate::lab::TestGuest;
 use crate::traced::Traced;
+use crate::watch::Watch;
 
 /// How many times the guest opens, reads and closes.
 const LOOPS: usize = 100;
@@ -121,6 +122,8 @@ fn a_dump_is_read_as_the_guest_was() {
     for part in [banner, "mode     keyed", "switch   On, boot id "] {
         assert!(status.output.contains(part), "{}", status.output);
     }
+    // All of it is there.
+    assert_eq!(status.messages, "");
 
     let report = [&["report", "--format", "json"], &image[..]].concat();
     let keys = ["--klog", klog.to_str().unwrap()];
@@ -179,6 +182,7 @@ fn a_stock_kernel_in_anonymous_memory_is_traced_and_read_in_a_dump() {
         state.success().unwrap()
     };
     guest.start().unwrap();
+    let watch = Watch::start(&guest);
     done(&[&["enroll", name], &symbols[..]].concat());
     wait_for(Duration::from_secs(120), || {
         let status = run(&["status", "-d", name]).output;
@@ -195,6 +199,7 @@ fn a_stock_kernel_in_anonymous_memory_is_traced_and_read_in_a_dump() {
     assert_eq!(switch(), "0\n");
     let live = done(&["report", "-d", name, "--format", "json"]);
     assert_eq!(reads(&live, pid), LOOPS);
+    watch.saw_nothing();
 
     let dump = Dump::of(&guest, name);
     let image = [&["--memory", dump.path()], &symbols[..]].concat();

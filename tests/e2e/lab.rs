@@ -18,7 +18,6 @@ pub(crate) const CONFIG: &str = "\
 auto_enroll = [\"by-name-*\"]
 log.target = \"/var/log/libvirt/xftrace.log\"
 log.level = \"debug\"
-limits.text_size = \"64M\"
 paths.baselines = \"/var/lib/libvirt/xftrace-baselines\"
 ";
 

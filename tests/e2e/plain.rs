@@ -15,7 +15,7 @@ use xftrace_lab::{wait_for, Ring, Row};
 
 use crate::integrity::memory_is_clean;
 use crate::lab::TestGuest;
-use crate::watch::unstopped;
+use crate::watch::Watch;
 
 /// How many times the guest opens, reads and closes.
 const LOOPS: u64 = 600;
@@ -64,6 +64,7 @@ pub(crate) fn same_lines(row: &Row) {
         .assert()
         .success();
     guest.start().unwrap();
+    let watch = Watch::start(&guest);
     guest.run(&set_tracer).unwrap().success().unwrap();
 
     // What was recorded since the boot is no part of it. Of what the guest
@@ -108,16 +109,15 @@ pub(crate) fn same_lines(row: &Row) {
         .failure()
         .stderr(predicates::str::contains("trace_buf_size="));
 
-    unstopped(&guest, || {
-        xftrace(&["on", "-d", name])
-            .assert()
-            .success()
-            .stderr(predicates::str::contains("plain (not keyed"));
-        let run = guest.run_for(&format!("rwloop {LOOPS}"), LISTING);
-        run.unwrap().success().unwrap();
-        memory_is_clean(&guest, &symbols);
-        xftrace(&["off", "-d", name]).assert().success();
-    });
+    xftrace(&["on", "-d", name])
+        .assert()
+        .success()
+        .stderr(predicates::str::contains("plain (not keyed"));
+    let run = guest.run_for(&format!("rwloop {LOOPS}"), LISTING);
+    run.unwrap().success().unwrap();
+    memory_is_clean(&guest, &symbols);
+    xftrace(&["off", "-d", name]).assert().success();
+    watch.saw_nothing();
     let switch = guest.run(&format!("cat {tracing}/tracing_on")).unwrap();
     assert_eq!(switch.text, "0\n", "the guest's own switch");
 

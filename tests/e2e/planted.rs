@@ -9,6 +9,7 @@ use nix::sys::signal::Signal;
 use xftrace::helper::protocol::GuestStatus;
 use xftrace::kernel::{probe, Symbols};
 use xftrace::session::{Mode, Session};
+use xftrace::symfiles::Known;
 use xftrace_lab::{wait_for, Backing, Domain, Job};
 
 use crate::keys::memory;
@@ -57,13 +58,16 @@ impl Traced {
     /// and that session.
     fn trace_beside_plants(
         &self,
-        arguments: &str,
+        symbols: &Symbols,
         functions: &[&str],
         options: &[&str],
     ) -> (Job, Session) {
         self.on(&[functions, options].concat());
         let mut pids = vec![reads_of(self, READS)];
-        let planted = self.plant(arguments);
+        let planted = self.plant(&left_out(symbols));
+        // They pass all that the finder checks.
+        let found = probe(&memory(self), symbols).expect("a search");
+        assert!(found.len() as u64 > WHOLE, "{} kernels", found.len());
         pids.push(reads_of(self, READS));
         self.kill_helper();
         self.on(functions);
@@ -86,15 +90,9 @@ impl Traced {
     }
 }
 
-#[test]
-fn false_kernels_that_live_do_not_move_a_keyed_trace() {
-    let traced = Traced::start(TestGuest::define(&Domain {
-        backing: Backing::File,
-        ..Domain::new("planted")
-    }));
-    // What /proc/kallsyms leaves out, of the file that lies beside the kernel.
-    let map = traced.lab().artifacts(traced.kernel()).unwrap().system_map;
-    let symbols = Symbols::load(&map).unwrap();
+/// What /proc/kallsyms leaves out, for those who plant a kernel: where it lies behind
+/// the kernel's beginning.
+fn left_out(symbols: &Symbols) -> String {
     let text = symbols.address("_text").unwrap();
     let offset = |name: &&str| {
         let offset = symbols.address(name).expect("a symbol").wrapping_sub(text);
@@ -105,14 +103,23 @@ fn false_kernels_that_live_do_not_move_a_keyed_trace() {
         "kallsyms_relative_base",
         "kallsyms_offsets",
     ];
-    let arguments: String = names.iter().map(offset).collect();
-    let (planted, session) =
-        traced.trace_beside_plants(&arguments, &["sys_read"], &["--buffer-size=16M"]);
+    names.iter().map(offset).collect()
+}
+
+#[test]
+fn false_kernels_that_live_do_not_move_a_keyed_trace() {
+    let traced = Traced::start(TestGuest::define(&Domain {
+        backing: Backing::File,
+        ..Domain::new("planted")
+    }));
+    let map = traced.lab().artifacts(traced.kernel()).unwrap().system_map;
+    let symbols = Symbols::load(&map).unwrap();
+    let options = ["--buffer-size=16M"];
+    let (planted, session) = traced.trace_beside_plants(&symbols, &["sys_read"], &options);
     assert_eq!(session.meta.mode, Mode::Keyed);
 
-    // They pass all that the finder checks, and more than one lives.
+    // More than one lives.
     let found = probe(&memory(&traced), &symbols).expect("a search");
-    assert!(found.len() as u64 > WHOLE, "{} kernels", found.len());
     let lowest = found.iter().map(|kernel| kernel.phys_text.0).min();
     assert!(lowest < Some(session.meta.boots[0].phys_text), "{found:x?}");
 
@@ -198,6 +205,8 @@ fn plain(name: &str, kernel: &str, boot: &str, set_tracer: &str) {
         Ok(on.status.success().then_some(()))
     };
     wait_for(SOON, on).unwrap_or_else(|error| panic!("{error:#}: {}", traced.log()));
-    let (_planted, session) = traced.trace_beside_plants("", &[], &[]);
+    let kernel = traced.lab().artifacts(traced.kernel()).unwrap().bzimage;
+    let symbols = Known::load(&kernel).unwrap().symbols;
+    let (_planted, session) = traced.trace_beside_plants(&symbols, &[], &[]);
     assert_eq!(session.meta.mode, Mode::Plain);
 }

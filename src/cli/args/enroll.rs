@@ -105,6 +105,9 @@ pub struct EnrollArgs {
 /// The persistent XML is again what it was before 'xftrace enroll', byte for
 /// byte in everything that enroll touched. A running domain goes on unchanged;
 /// its memory stays a shared file until it is shut down and started again.
+///
+/// What was done inside a guest for mode plain stays there. To boot it as before,
+/// where it has update-grub: rm /etc/default/grub.d/xftrace.cfg && update-grub
 #[derive(Debug, Clone, Args)]
 #[command(after_long_help = "\
 Examples:

@@ -7,13 +7,14 @@ use nix::sys::statfs::{fstatfs, HUGETLBFS_MAGIC, TMPFS_MAGIC};
 use super::host::into_memory;
 use super::Report;
 use crate::cli::client;
+use crate::cli::enroll_command::enroll_command;
 use crate::config::Config;
 use crate::helper::protocol::{GuestStatus, Reply, Request, Status};
 use crate::libvirt::connection::{Connection, ConnectionError, Domain};
 use crate::libvirt::enrolment::{advice, memory, untraceable, By, Enrolment};
-use crate::libvirt::memory::{find_backing, Held};
+use crate::libvirt::memory::{find_backing, Held, MemoryError};
 use crate::libvirt::shell_word;
-use crate::libvirt::xml::DomainXml;
+use crate::libvirt::xml::{DomainXml, Trace};
 use crate::session::Mode;
 
 /// How long a helper may take to say how things stand.
@@ -66,7 +67,7 @@ pub(super) fn check(
 
 /// What the domain will start with.
 fn definition(config: &Config, xml: &DomainXml, name: &str, report: &mut Report) {
-    let enroll = format!("xftrace enroll {name}");
+    let enroll = enrolling(xml, name);
     match Enrolment::of(xml, config) {
         Some(enrolment) => {
             let by = match enrolment.by {
@@ -91,6 +92,33 @@ fn definition(config: &Config, xml: &DomainXml, name: &str, report: &mut Report)
     }
 }
 
+/// Enrols the domain as it is, or for the first time.
+fn enrolling(xml: &DomainXml, name: &str) -> String {
+    enroll_command(name, xml.trace.as_ref().unwrap_or(&Trace::default()))
+}
+
+/// What helps where a running domain's memory was not found.
+fn find_again(error: &MemoryError, live: &DomainXml, name: &str) -> String {
+    match error {
+        MemoryError::NotRunning { .. } => format!("virsh start {name}"),
+        MemoryError::Several { .. } => format!("pgrep -af guest={name}"),
+        MemoryError::Io { source, .. } if source.kind() == std::io::ErrorKind::PermissionDenied => {
+            format!("sudo xftrace doctor {name}")
+        }
+        MemoryError::UnknownKind { .. }
+        | MemoryError::Missing { .. }
+        | MemoryError::Ambiguous { .. }
+        | MemoryError::Private { .. } => {
+            format!("{}\n{}", enrolling(live, name), restart(name))
+        }
+        MemoryError::Unlinked { .. }
+        | MemoryError::NotMapped { .. }
+        | MemoryError::Truncated { .. }
+        | MemoryError::Arguments { .. }
+        | MemoryError::Io { .. } => restart(name),
+    }
+}
+
 /// Has the domain's QEMU start anew.
 pub(super) fn restart(name: &str) -> String {
     format!("virsh shutdown {name}\nvirsh start {name}    (once it is off)")
@@ -111,17 +139,15 @@ fn running(
     if let Some(why) = untraceable(&live) {
         let mend = match next.is_some_and(|next| untraceable(next).is_none()) {
             true => restart,
-            false => format!("xftrace enroll {name}\n{restart}"),
+            false => format!("{}\n{restart}", enrolling(&live, name)),
         };
         report.missing(format!("a restart: as it runs, {why}"), mend);
         return Ok(());
     }
     match find_backing(&live, &config.paths.libvirt_run) {
         Err(error) => {
-            report.missing(
-                format!("its memory: {:#}", anyhow::Error::new(error)),
-                restart,
-            );
+            let mend = find_again(&error, &live, name);
+            report.missing(format!("its memory: {:#}", anyhow::Error::new(error)), mend);
             return Ok(());
         }
         Ok(backing) => {
@@ -149,7 +175,7 @@ fn running(
             for error in &backing.left_out {
                 report.advice(
                     format!("a memory module is not read: {error}"),
-                    format!("xftrace enroll {name}\n{restart}"),
+                    format!("{}\n{restart}", enrolling(&live, name)),
                 );
             }
             if let Some(why) = advice(&live) {
@@ -255,11 +281,13 @@ fn symbols(config: &Config, live: &DomainXml, name: &str, report: &mut Report) {
 /// has no other one tried.
 fn take_symbols(live: &DomainXml, name: &str) -> String {
     let what = "(the vmlinuz, vmlinux, System.map or .deb of the kernel that the guest runs)";
-    match live.trace.as_ref().and_then(|trace| trace.symbols.as_ref()) {
-        Some(_) => format!(
-            "xftrace enroll {name} --symbols FILE    {what}\n{}",
-            restart(name)
-        ),
-        None => format!("xftrace symbols add FILE    {what}"),
+    match &live.trace {
+        Some(trace) if trace.symbols.is_some() => {
+            let mut wanted = trace.clone();
+            wanted.symbols = Some("FILE".into());
+            let enroll = enroll_command(name, &wanted);
+            format!("{enroll}    {what}\n{}", restart(name))
+        }
+        _ => format!("xftrace symbols add FILE    {what}"),
     }
 }

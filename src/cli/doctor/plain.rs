@@ -2,6 +2,7 @@
 
 use super::domain::restart;
 use super::Report;
+use crate::cli::enroll_command::enroll_command;
 use crate::cli::guest_boot;
 use crate::helper::protocol::{PlainBoot, PlainRing};
 use crate::libvirt::xml::DomainXml;
@@ -44,12 +45,14 @@ fn traced(ring: &PlainRing) -> String {
 fn boot_with(boot: &PlainBoot, live: &DomainXml, name: &str) -> String {
     let needs = &boot.command_line;
     let mut mend = if live.boots_kernel {
-        let functions = live.trace.as_ref().map(|trace| trace.functions.join(","));
-        let functions = functions.filter(|names| !names.is_empty());
-        let functions = functions.unwrap_or_else(|| "FUNCTION,..".to_owned());
+        let mut wanted = live.trace.clone().unwrap_or_default();
+        if wanted.functions.is_empty() || boot.unknown {
+            wanted.functions = vec!["FUNCTION,..".to_owned()];
+        }
+        wanted.cmdline = Some(needs.clone());
         format!(
-            "xftrace enroll {name} --functions {functions} --plain    (puts {needs} on its \
-             command line)\n{}",
+            "{}    (puts {needs} on its command line)\n{}",
+            enroll_command(name, &wanted),
             restart(name)
         )
     } else {
@@ -84,6 +87,7 @@ mod tests {
             ring: None,
             cannot: Some("it is not".to_owned()),
             command_line: command_line(functions),
+            unknown: false,
             reserved: reserves.then(|| {
                 let (needs, typed) = reserved_command_line(functions);
                 (needs, typed.to_owned())
@@ -133,6 +137,23 @@ mod tests {
         let direct = domain("<kernel>/boot/vmlinuz</kernel>", "");
         let (_, mend) = said(&boot(&[], false), &direct);
         assert!(mend.starts_with("xftrace enroll web1 --functions FUNCTION,.. --plain "));
+    }
+
+    #[test]
+    fn a_domain_keeps_what_it_was_enrolled_with() {
+        let direct = "<kernel>/boot/vmlinuz</kernel>";
+        let live = domain(direct, "functions='sys_raed' baseline='web' at-start='yes'");
+        let mut boot = boot(&[], false);
+        let (_, mend) = said(&boot, &live);
+        let all = "--functions sys_raed --baseline web --at-start --plain ";
+        assert!(mend.contains(all), "{mend}");
+        // A name that the kernel does not have is not to be typed again.
+        boot.unknown = true;
+        let (_, mend) = said(&boot, &live);
+        assert!(
+            mend.contains("--functions FUNCTION,.. --baseline web"),
+            "{mend}"
+        );
     }
 
     #[test]

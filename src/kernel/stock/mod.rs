@@ -86,7 +86,8 @@ pub enum StockError {
     /// Nothing in it tells one boot from another.
     #[error(
         "the guest's kernel has no stack canary and no random memory layout, so that its boots \
-         cannot be told apart"
+         cannot be told apart: boot one that has either (CONFIG_STACKPROTECTOR, \
+         CONFIG_RANDOMIZE_MEMORY; Debian's have both), or one with the xftrace patch"
     )]
     NoBootId,
     /// Its tracer is another one.
@@ -134,7 +135,10 @@ pub enum StockError {
         what: &'static str,
     },
     /// A pointer of the guest leads nowhere.
-    #[error("the guest's tracing structures cannot be followed: {what} at {at} leads nowhere")]
+    #[error(
+        "the guest's tracing structures cannot be followed: {what} at {at} leads nowhere; are the \
+         symbols those of the very build that runs?"
+    )]
     Lost {
         /// What was looked for.
         what: &'static str,

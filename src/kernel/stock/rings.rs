@@ -126,8 +126,19 @@ impl Stock {
         let record_disabled = self.kernel.translate(ram, disabled);
         let record_disabled = record_disabled.map_err(lost("a trace buffer", disabled))?;
         let buffers = self.load(ram, plus(buffer, ring.buffers.into()), "a trace buffer")?;
-        let first = Gva(self.load(ram, Gva(buffers), "a CPU's buffer")?);
-        let pages = self.load(ram, plus(first, ring.nr_pages.into()), "a CPU's buffer")?;
+        // The smallest is the first to be written over. CPUs that never were have none.
+        let mut pages = u64::MAX;
+        for cpu in 0..nr_cpus {
+            let at = Gva(buffers).wrapping_add(8 * u64::from(cpu));
+            let its = self.load(ram, at, "a CPU's buffer")?;
+            if its != 0 {
+                let at = plus(Gva(its), ring.nr_pages.into());
+                pages = pages.min(self.load(ram, at, "a CPU's buffer")?);
+            }
+        }
+        if pages == u64::MAX {
+            pages = 0;
+        }
         Ok(TraceArray {
             name,
             tracer: self.tracer(ram, at)?,

@@ -30,7 +30,7 @@ use super::Gva;
 
 pub use lookup::ModuleFunction;
 pub use parse::{SymbolsError, SymbolsFault};
-pub use resolve::{FunctionMatch, UnknownFunction, UnknownWhy};
+pub use resolve::{FtraceNameError, FunctionMatch, UnknownFunction, UnknownWhy};
 pub use table::TableFault;
 
 /// One line of the file.

@@ -81,6 +81,25 @@ impl fmt::Display for UnknownFunction {
 
 impl std::error::Error for UnknownFunction {}
 
+/// Why a typed name is none that Ftrace knows.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FtraceNameError {
+    /// It means no function.
+    #[error(transparent)]
+    Unknown(#[from] UnknownFunction),
+    /// It means copies.
+    #[error(
+        "the guest's kernel has {typed:?} only as copies that the compiler made, which its Ftrace \
+         knows by their own names: type {copies} instead"
+    )]
+    Copies {
+        /// What was typed, escaped.
+        typed: String,
+        /// The copies' names, with commas between.
+        copies: String,
+    },
+}
+
 impl Symbols {
     /// The function, or functions of one name, that a typed name means.
     ///
@@ -112,6 +131,24 @@ impl Symbols {
             typed: escape(typed.as_bytes()),
             why,
             nearest: self.nearest(typed),
+        })
+    }
+
+    /// What the kernel's own Ftrace calls the function that a typed name means: it has
+    /// each copy that the compiler made by a name of its own.
+    ///
+    /// # Errors
+    /// [`FtraceNameError`] if there is none, or several.
+    pub fn ftrace_name(&self, typed: &str) -> Result<String, FtraceNameError> {
+        let found = self.resolve_function(typed)?;
+        if self.address(&found.name).is_some() {
+            return Ok(found.name);
+        }
+        let copies = found.addresses.iter();
+        let copies = copies.filter_map(|&at| self.lookup(at).map(|(name, _)| name));
+        Err(FtraceNameError::Copies {
+            typed: escape(typed.as_bytes()),
+            copies: copies.collect::<Vec<_>>().join(","),
         })
     }
 

@@ -125,7 +125,11 @@ pub enum MemoryError {
         pids: Vec<i32>,
     },
     /// Memory of a kind that is not known.
-    #[error("the memory of domain '{name}' cannot be read: {what}")]
+    #[error(
+        "the memory of domain '{name}' cannot be read: {what}. Memory that is one shared file \
+         can: type `xftrace enroll {}`, then shut the domain down and start it again",
+        shell_word(name)
+    )]
     UnknownKind {
         /// The domain.
         name: String,
@@ -151,7 +155,8 @@ pub enum MemoryError {
     #[error(
         "QEMU has {count} mappings that could be {id} of domain '{name}' ({size} bytes), and one \
          is needed: type `xftrace enroll {}`, then shut the domain down and start it again; a \
-         file can be told",
+         file can be told (a memfd cannot: where <memoryBacking> has <source type='memfd'/>, \
+         make that 'file')",
         shell_word(name)
     )]
     Ambiguous {
@@ -191,7 +196,11 @@ pub enum MemoryError {
         another: bool,
     },
     /// QEMU does not have the whole file mapped.
-    #[error("QEMU has {mapped} bytes of the {expected} of {} mapped", path.display())]
+    #[error(
+        "QEMU has {mapped} bytes of the {expected} of {} mapped: shut the domain down and start \
+         it again, and report it with `virsh version` if it is so then too",
+        path.display()
+    )]
     NotMapped {
         /// The file.
         path: PathBuf,
@@ -215,7 +224,10 @@ pub enum MemoryError {
         actual: u64,
     },
     /// A command line that cannot be understood.
-    #[error("QEMU's command line (process {pid}) cannot be understood: {what}")]
+    #[error(
+        "QEMU's command line (process {pid}) cannot be understood: {what}; report it with \
+         `virsh version`"
+    )]
     Arguments {
         /// The process.
         pid: i32,

@@ -81,7 +81,7 @@ pub enum Meanwhile {
     Nothing,
     /// A module is plugged in, and the ring comes to lie in it.
     Dimm,
-    /// The balloon takes half of it and gives it back.
+    /// The balloon takes a quarter of it and gives it back.
     Balloon,
 }
 
