@@ -280,7 +280,7 @@ fn search(ram: &dyn GuestRam, symbols: &Symbols, known: Option<Gpa>) -> Result<F
         let its = examine(ram, symbols, &anchors, &functions, base);
         kernels.extend(its.and_then(Result::ok));
     }
-    let from_before = kernels.first().map(|kernel: &Kernel| kernel.phys_text);
+    let examined = known.filter(|_| !kernels.is_empty());
     while let Some(base) = next_candidate(ram, anchors.banner, at) {
         if kernels.len() >= MAX_KERNELS {
             // It is looked at again and again.
@@ -292,13 +292,14 @@ fn search(ram: &dyn GuestRam, symbols: &Symbols, known: Option<Gpa>) -> Result<F
             });
             break;
         }
-        match examine(ram, symbols, &anchors, &functions, base) {
-            Some(Ok(_)) if from_before == Some(base) => {}
-            Some(Ok(kernel)) => kernels.push(kernel),
-            Some(Err(next)) if rejected.as_ref().is_none_or(|last| next.check > last.check) => {
-                rejected = Some(next);
+        if examined != Some(base) {
+            match examine(ram, symbols, &anchors, &functions, base) {
+                Some(Ok(kernel)) => kernels.push(kernel),
+                Some(Err(next)) if rejected.as_ref().is_none_or(|last| next.check > last.check) => {
+                    rejected = Some(next);
+                }
+                _ => {}
             }
-            _ => {}
         }
         let Some(next) = base.checked_add(STEP) else {
             break;

@@ -116,10 +116,9 @@ impl Format {
     ) -> Result<bool, ReportError<SessionError>> {
         let names = Kernels::of(session).map_err(ReportError::Read)?;
         let (heading, time) = (Heading::of(session), TimeColumn::Wall);
-        let tally = pass(&mut Nowhere, session.items(), &names)?;
-        let mut text = Text::new(out, session, &heading, &tally, time)?.up_to(limit);
-        pass(&mut text, session.items(), &names)?;
-        Ok(text.is_whole())
+        let items = || session.items();
+        let (_, whole) = text(out, &heading, session, &names, items, time, limit)?;
+        Ok(whole)
     }
 
     /// Writes a whole trace to `out`, which should be buffered. `items` gives
@@ -143,9 +142,8 @@ impl Format {
     {
         match self {
             Self::Text(time) => {
-                let tally = pass(&mut Nowhere, items(), names)?;
-                let mut text = Text::new(out, clock, heading, &tally, time)?;
-                pass(&mut text, items(), names)
+                let (tally, _) = text(out, heading, clock, names, items, time, u64::MAX)?;
+                Ok(tally)
             }
             Self::Json => pass(&mut Json::new(out, clock, heading)?, items(), names),
             Self::Folded { weight, by_pid } => {
@@ -153,6 +151,28 @@ impl Format {
             }
         }
     }
+}
+
+/// Both passes of the text format: what all items add up to, and whether all calls were
+/// written that they give.
+fn text<N, I, E>(
+    out: impl Write,
+    heading: &Heading,
+    clock: &impl WallClock,
+    names: &N,
+    mut items: impl FnMut() -> I,
+    time: TimeColumn,
+    limit: u64,
+) -> Result<(Tally, bool), ReportError<E>>
+where
+    N: Names + ?Sized,
+    I: IntoIterator<Item = Result<Item, E>>,
+    E: std::error::Error + 'static,
+{
+    let tally = pass(&mut Nowhere, items(), names)?;
+    let mut text = Text::new(out, clock, heading, &tally, time)?.up_to(limit);
+    pass(&mut text, items(), names)?;
+    Ok((tally, text.is_whole()))
 }
 
 /// The sink of the pass that only counts.

@@ -40,6 +40,11 @@ const ARGUMENT: [u8; 2] = [0x48, 0xbf];
 /// A template is a few hundred bytes.
 const MAX_TEMPLATE: u64 = 4096;
 
+/// Where a structure has a field.
+fn offset(structure: &Structure<'_>, path: &str) -> Result<u64, Obstacle> {
+    Ok(structure.field(path)?.offset.into())
+}
+
 /// Where `struct arch_specific_insn` has what [`Moved`] has, from its kprobe on.
 pub(super) struct MovedAt {
     insn: u64,
@@ -51,13 +56,12 @@ pub(super) struct MovedAt {
 
 impl MovedAt {
     pub(super) fn of(kprobe: &Structure<'_>) -> Result<Self, Obstacle> {
-        let at = |path| Ok::<_, Obstacle>(u64::from(kprobe.field(path)?.offset));
         Ok(Self {
-            insn: at("ainsn.insn")?,
-            size: at("ainsn.size")?,
-            detail: at("ainsn.opcode")?,
-            rel32: at("ainsn.rel32")?,
-            emulate: at("ainsn.emulate_op")?,
+            insn: offset(kprobe, "ainsn.insn")?,
+            size: offset(kprobe, "ainsn.size")?,
+            detail: offset(kprobe, "ainsn.opcode")?,
+            rel32: offset(kprobe, "ainsn.rel32")?,
+            emulate: offset(kprobe, "ainsn.emulate_op")?,
         })
     }
 }
@@ -206,9 +210,8 @@ pub(super) struct DetourAt {
 
 impl DetourAt {
     pub(super) fn of(optimized: &Structure<'_>) -> Result<Self, Obstacle> {
-        let at = |path| Ok::<_, Obstacle>(u64::from(optimized.field(path)?.offset));
-        let start = at("kp")?;
-        let after = |path| Ok::<_, Obstacle>(at(path)?.wrapping_sub(start));
+        let start = offset(optimized, "kp")?;
+        let after = |path| Ok::<_, Obstacle>(offset(optimized, path)?.wrapping_sub(start));
         Ok(Self {
             start,
             kept: after("optinsn.copied_insn")?,
