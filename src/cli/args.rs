@@ -19,7 +19,7 @@ mod enroll;
 mod image;
 
 pub use detect::{BaselineAction, BaselineArgs, CheckArgs};
-pub use enroll::{EnrollArgs, UnenrollArgs};
+pub use enroll::{EnrollArgs, PlainRing, UnenrollArgs};
 pub use image::{ImageOption, MachineName};
 
 /// Record which kernel functions a Linux guest calls, from its host, while it runs

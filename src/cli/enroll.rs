@@ -7,9 +7,9 @@ use anyhow::{bail, Context as _};
 
 use super::ftrace_names::ftrace_names;
 use super::{guest_boot, hook, out, Context, Exit};
-use crate::cli::args::EnrollArgs;
+use crate::cli::args::{EnrollArgs, PlainRing};
 use crate::detect::{Store, StoreError};
-use crate::kernel::stock::command_line;
+use crate::kernel::stock::{command_line, reserved_command_line};
 use crate::libvirt::connection::{Connection, Domain, Mode};
 use crate::libvirt::enrolment::{advice, untraceable};
 use crate::libvirt::run_dir::RunDir;
@@ -32,10 +32,18 @@ pub(super) fn run(context: &Context, args: &EnrollArgs) -> anyhow::Result<Exit> 
 
     wanted.integrity_interval = args.integrity_interval;
 
-    if args.plain {
+    let mut to_type = None;
+    if let Some(ring) = args.plain {
         let store = context.config()?.paths.symbols;
         let names = ftrace_names(&args.functions, wanted.symbols.as_deref(), &store)?;
-        wanted.cmdline = Some(command_line(&names));
+        wanted.cmdline = Some(match ring {
+            PlainRing::Global => command_line(&names),
+            PlainRing::Reserved => {
+                let (parameters, typed) = reserved_command_line(&names);
+                to_type = Some(typed);
+                parameters
+            }
+        });
     }
 
     let connection = Connection::open(context.global.connect.as_deref(), Mode::ReadWrite)?;
@@ -87,6 +95,12 @@ pub(super) fn run(context: &Context, args: &EnrollArgs) -> anyhow::Result<Exit> 
         for line in guest_boot::commands(cmdline).lines() {
             writeln!(out, "  {line}")?;
         }
+    }
+    if let Some(typed) = to_type {
+        writeln!(
+            out,
+            "After each of its boots, type inside the guest, as root:\n  {typed}"
+        )?;
     }
     if domain.is_active()? {
         let live = domain.live()??;

@@ -3,6 +3,7 @@
 //! Enrolling sets all options anew, so that a command which names only what is to be
 //! changed would take the others away.
 
+use crate::kernel::stock::is_reserved;
 use crate::libvirt::shell_word;
 use crate::libvirt::xml::Trace;
 
@@ -33,13 +34,13 @@ pub(super) fn enroll_command(name: &str, trace: &Trace) -> String {
         "--integrity-interval",
         looks.map(|looks| looks.to_string().replace(' ', "")),
     );
-    for (flag, is_set) in [
-        ("--at-start", trace.at_start),
-        ("--plain", trace.cmdline.is_some()),
-    ] {
-        if is_set {
-            command.push_str(&format!(" {flag}"));
-        }
+    if trace.at_start {
+        command.push_str(" --at-start");
+    }
+    match &trace.cmdline {
+        None => {}
+        Some(boot) if is_reserved(boot) => command.push_str(" --plain=reserved"),
+        Some(_) => command.push_str(" --plain"),
     }
     command
 }
@@ -51,8 +52,9 @@ mod tests {
     use clap::Parser;
 
     use super::*;
-    use crate::cli::args::{Cli, Command};
+    use crate::cli::args::{Cli, Command, PlainRing};
     use crate::config::IntegrityInterval;
+    use crate::kernel::stock::{command_line, reserved_command_line};
 
     #[test]
     fn typed_it_asks_for_all_that_there_is() {
@@ -79,6 +81,25 @@ mod tests {
         assert_eq!(args.symbols, Some("/srv/a\u{a0}b/System.map".into()));
         assert_eq!(args.baseline, trace.baseline);
         assert_eq!(args.integrity_interval, trace.integrity_interval);
-        assert!(args.at_start && args.plain);
+        assert!(args.at_start);
+        assert_eq!(args.plain, Some(PlainRing::Global));
+    }
+
+    #[test]
+    fn the_ring_stays_where_it_was() {
+        let mut trace = Trace::default();
+        trace.functions = vec!["vfs_read".to_owned()];
+        for (boot, ring) in [
+            (command_line(&["vfs_read"]), PlainRing::Global),
+            (reserved_command_line(&["vfs_read"]).0, PlainRing::Reserved),
+        ] {
+            trace.cmdline = Some(boot);
+            let command = enroll_command("web1", &trace);
+            let cli = Cli::try_parse_from(command.split(' ')).unwrap();
+            let Command::Enroll(args) = cli.command else {
+                panic!("{command}");
+            };
+            assert_eq!(args.plain, Some(ring), "{command}");
+        }
     }
 }

@@ -29,7 +29,7 @@ pub(super) fn commands(parameters: &str) -> String {
 pub(super) fn undo() -> &'static str {
     "rm /etc/default/grub.d/xftrace.cfg && update-grub && reboot    (inside the guest, as root; \
      where there is no update-grub: grubby --update-kernel=ALL --remove-args='ftrace \
-     ftrace_graph_filter trace_buf_size' && reboot)"
+     ftrace_graph_filter trace_buf_size reserve_mem trace_instance' && reboot)"
 }
 
 /// As it stands between double quotes of a shell.

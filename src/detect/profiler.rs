@@ -38,9 +38,10 @@ struct Frame<'n> {
     holed: bool,
     /// It calls more different functions than are told apart.
     crowded: bool,
-    /// It was made from outside any traced call.
-    root: bool,
-    /// It is, or lies below, what sets a module up or ends it.
+    /// How many calls it is nested in; a root in none.
+    depth: u16,
+    /// It is, or lies below, what sets a module up or ends it; or may do so, as not
+    /// all was seen of what it lies below.
     loading: bool,
     below: u64,
     nested: bool,
@@ -180,7 +181,11 @@ impl<'n> Profiler<'n> {
             .stacks
             .entry(Self::key(&call.task, event.cpu))
             .or_default();
-        let loading = stack.last().is_some_and(|around| around.loading);
+        // Behind a loss, or the start of the trace, what is around is not all seen.
+        let loading = match stack.last() {
+            Some(around) => around.loading || around.losses != self.losses,
+            None => call.depth > 0,
+        };
         let label = match of_name {
             Label::MODULE if loading => Label::LOADING,
             _ if unlisted && loading => Label::LOADING,
@@ -197,7 +202,7 @@ impl<'n> Profiler<'n> {
             losses: self.losses,
             holed: false,
             crowded: false,
-            root: call.depth == 0,
+            depth: call.depth,
             loading: loading || loads_modules(self.profile.labels.name(label)),
             below: 0,
             nested: false,
@@ -387,7 +392,7 @@ impl<'n> Profile<'n> {
             example.path.push(frame.step);
             example
         };
-        if frame.root {
+        if frame.depth == 0 {
             let root = self.roots.entry(frame.label).or_default();
             root.calls.add(frame.below);
             if let Some(spent) = spent.total {

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use xftrace::kernel::stock::{command_line, reserved_command_line};
+use xftrace::kernel::stock::command_line;
 use xftrace::kernel::Symbols;
 use xftrace::session::{list, Mode, Session};
 use xftrace::symfiles::Known;
@@ -30,23 +30,24 @@ const TRACING: &str = "/sys/kernel/tracing";
 /// or `} f`).
 type Line = (usize, String);
 
-/// What a row is booted with that `enroll --plain` does not put there, where
-/// its ring is in the guest's tracefs, and what sets the tracer of that.
-fn ring(row: &Row) -> (String, String, String) {
+/// How a row is enrolled, and where its ring is in the guest's tracefs.
+fn ring(row: &Row) -> (&str, String) {
     match row.ring {
-        Ring::Global => (String::new(), TRACING.to_owned(), "true".to_owned()),
-        // In memory that is reserved at boot, which 6.12 can have: as `doctor` says.
-        Ring::BootMapped => {
-            let (boot, set) = reserved_command_line(&FUNCTIONS);
-            (boot, format!("{TRACING}/instances/xf"), set.to_owned())
-        }
+        Ring::Global => ("--plain", TRACING.to_owned()),
+        Ring::BootMapped => ("--plain=reserved", format!("{TRACING}/instances/xf")),
     }
+}
+
+/// What `enroll` has people type inside the guest after each boot.
+fn to_type(enrolled: &str) -> Option<&str> {
+    let (_, after) = enrolled.split_once("type inside the guest, as root:\n")?;
+    after.lines().next()
 }
 
 /// Traces the guest of a row, and compares the trace with its own.
 pub(crate) fn same_lines(row: &Row) {
-    let (boot, tracing, set_tracer) = ring(row);
-    let guest = TestGuest::define_alone(&row.domain(&boot));
+    let (plain, tracing) = ring(row);
+    let guest = TestGuest::define_alone(&row.domain(""));
     let name = row.name.as_str();
     let dir = tempfile::tempdir().expect("a directory");
     // That its symbols are those of the kernel that runs, `symbols` shows.
@@ -57,15 +58,18 @@ pub(crate) fn same_lines(row: &Row) {
         command
     };
     let defined = guest.lab().virsh(&["dumpxml", "--inactive", name]).unwrap();
-    xftrace(&["enroll", name, "--functions", "sys_read,sys_openat"])
+    let enrolled = xftrace(&["enroll", name, "--functions", "sys_read,sys_openat", plain])
         .arg("--symbols")
         .arg(&symbols)
-        .args(boot.is_empty().then_some("--plain"))
         .assert()
         .success();
+    let enrolled = String::from_utf8_lossy(&enrolled.get_output().stdout).into_owned();
     guest.start().unwrap();
     let watch = Watch::start(&guest);
-    guest.run(&set_tracer).unwrap().success().unwrap();
+    assert_eq!(to_type(&enrolled).is_some(), row.ring == Ring::BootMapped);
+    if let Some(set_tracer) = to_type(&enrolled) {
+        guest.run(set_tracer).unwrap().success().unwrap();
+    }
 
     // What was recorded since the boot is no part of it. Of what the guest
     // shows, times are most and are not compared, and it writes slowly.

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use xftrace::helper::protocol::GuestStatus;
+use xftrace::kernel::stock::reserved_command_line;
 use xftrace::kernel::{probe, Symbols};
 use xftrace::session::{Mode, Session};
 use xftrace::symfiles::Known;
@@ -22,6 +23,8 @@ const SOON: Duration = Duration::from_secs(60);
 /// As many false kernels at least pass all checks.
 const WHOLE: u64 = 5;
 const READS: u64 = 1_000;
+/// Has the kernel booted with a ring in memory that is reserved at boot.
+const RESERVED: &str = "--plain=reserved";
 
 impl Traced {
     /// Fills the guest's memory. It is false kernels until the job is killed.
@@ -170,32 +173,26 @@ fn false_kernels_that_live_do_not_move_a_keyed_trace() {
 /// The ring is found through BTF and the kernel's own pointers.
 #[test]
 fn false_kernels_do_not_move_a_plain_trace() {
-    plain("planted61", "stock-6.1-cloud", "", "true");
+    plain("planted61", "stock-6.1-cloud", "--plain");
 }
 
 /// The ring is at a fixed place in memory, from its boot on.
 #[test]
 fn false_headers_do_not_move_a_trace_of_a_boot_mapped_ring() {
-    plain(
-        "planted612",
-        "stock-6.12-cloud",
-        "ftrace_graph_filter=__x64_sys_read reserve_mem=24M:4096:xf trace_instance=xf@xf",
-        "echo function_graph > /sys/kernel/tracing/instances/xf/current_tracer",
-    );
+    plain("planted612", "stock-6.12-cloud", RESERVED);
 }
 
-fn plain(name: &str, kernel: &str, boot: &str, set_tracer: &str) {
+fn plain(name: &str, kernel: &str, ring: &str) {
     let guest = TestGuest::define(&Domain {
         kernel: kernel.to_owned(),
         backing: Backing::File,
         memory: 384,
-        append: boot.to_owned(),
         ..Domain::new(name)
     });
-    let mut enroll = vec!["--functions", "sys_read"];
-    enroll.extend(boot.is_empty().then_some("--plain"));
-    let traced = Traced::start_with(guest, &enroll);
-    traced.sh(set_tracer);
+    let traced = Traced::start_with(guest, &["--functions", "sys_read", ring]);
+    if ring == RESERVED {
+        traced.sh(reserved_command_line(&["__x64_sys_read"]).1);
+    }
     let ready = |status: &xftrace::helper::protocol::Status| {
         matches!(status.guest, GuestStatus::Alive { .. })
     };

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, ValueHint};
+use clap::{Args, ValueEnum, ValueHint};
 
 use super::domain_text;
 use crate::config::{parse_baseline, parse_function, parse_interval, IntegrityInterval};
@@ -31,7 +31,8 @@ Examples:
   xftrace enroll web1 --symbols /srv/kernels/System.map-6.1-xftrace
   xftrace enroll web1 --functions sys_openat,sys_read --baseline web
   xftrace enroll web1 --integrity-interval 10s
-  xftrace enroll web1 --functions sys_openat --plain")]
+  xftrace enroll web1 --functions sys_openat --plain
+  xftrace enroll web1 --functions sys_openat --plain=reserved")]
 pub struct EnrollArgs {
     /// The domain: a name, id or UUID
     #[arg(value_name = "DOMAIN", value_parser = domain_text)]
@@ -67,8 +68,17 @@ pub struct EnrollArgs {
     /// The functions are looked up in the kernel's symbols first (--symbols, or those
     /// that were added with 'xftrace symbols add'): a kernel that is booted with a name
     /// that it does not have records every function.
-    #[arg(long, requires = "functions")]
-    pub plain: bool,
+    ///
+    /// RING says where the records go.
+    #[arg(
+        long,
+        value_name = "RING",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "global",
+        requires = "functions"
+    )]
+    pub plain: Option<PlainRing>,
 
     /// The symbols of the guest's kernel [default: those that fit, of 'xftrace symbols list']
     ///
@@ -98,6 +108,16 @@ pub struct EnrollArgs {
     /// sessions, and to the command of 'on_finding'; 'xftrace status' shows it.
     #[arg(long, value_name = "TIME", value_parser = clap::value_parser!(IntegrityInterval))]
     pub integrity_interval: Option<IntegrityInterval>,
+}
+
+/// Where a kernel without the patch has its records.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PlainRing {
+    /// In the global ring buffer, which any kernel has
+    Global,
+    /// In an instance's, in memory reserved at boot (Linux 6.12 and later; its tracer
+    /// is to be set inside the guest after each boot)
+    Reserved,
 }
 
 /// Take out of a domain's XML what enroll put in

@@ -43,25 +43,32 @@ fn traced(ring: &PlainRing) -> String {
 /// Has the guest's kernel booted with this, where the domain boots it directly,
 /// and else tells what to do inside the guest.
 fn boot_with(boot: &PlainBoot, live: &DomainXml, name: &str) -> String {
-    let needs = &boot.command_line;
-    let mut mend = if live.boots_kernel {
+    let enroll = |needs: &str| {
         let mut wanted = live.trace.clone().unwrap_or_default();
         if wanted.functions.is_empty() || boot.unknown {
             wanted.functions = vec!["FUNCTION,..".to_owned()];
         }
-        wanted.cmdline = Some(needs.clone());
+        wanted.cmdline = Some(needs.to_owned());
+        enroll_command(name, &wanted)
+    };
+    let needs = &boot.command_line;
+    let mut mend = if live.boots_kernel {
         format!(
             "{}    (puts {needs} on its command line)\n{}",
-            enroll_command(name, &wanted),
+            enroll(needs),
             restart(name)
         )
     } else {
         guest_boot::commands(needs)
     };
     if let Some((needs, typed)) = &boot.reserved {
+        let instead = match live.boots_kernel {
+            true => format!("{}, which puts {needs} there,", enroll(needs)),
+            false => format!("have it booted with {needs} instead,"),
+        };
         mend.push_str(&format!(
-            "\n(or have it booted with {needs} instead, and after each boot type inside the guest, \
-             as root: {typed}; its ring buffer lies in memory reserved at boot then)"
+            "\n(or {instead} and after each boot type inside the guest, as root: {typed}; its \
+             ring buffer lies in memory reserved at boot then)"
         ));
     }
     mend
@@ -162,6 +169,10 @@ mod tests {
         let wanted = "ftrace_graph_filter=vfs_read reserve_mem=24M:4096:xf trace_instance=xf@xf";
         assert!(mend.contains(wanted), "{mend}");
         assert!(mend.contains("instances/xf/current_tracer; "), "{mend}");
+        let direct = domain("<kernel>/boot/vmlinuz</kernel>", "functions='vfs_read'");
+        let (_, mend) = said(&boot(&["vfs_read"], true), &direct);
+        let enroll = "(or xftrace enroll web1 --functions vfs_read --plain=reserved, which puts ";
+        assert!(mend.contains(enroll), "{mend}");
     }
 
     #[test]

@@ -33,6 +33,11 @@ pub fn reserved_command_line<S: AsRef<str>>(functions: &[S]) -> (String, &'stati
     )
 }
 
+/// Whether parameters are of [`reserved_command_line`].
+pub fn is_reserved(parameters: &str) -> bool {
+    parameters.contains(" trace_instance=")
+}
+
 fn filter<S: AsRef<str>>(functions: &[S]) -> String {
     let names: Vec<&str> = functions.iter().map(AsRef::as_ref).collect();
     let names = match names.as_slice() {

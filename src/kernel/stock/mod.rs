@@ -40,7 +40,7 @@ use super::btf::{Btf, BtfError};
 use super::{Gva, Kernel, Symbols, WalkError};
 
 pub use booted::Booted;
-pub use command_line::{command_line, reserved_command_line};
+pub use command_line::{command_line, is_reserved, reserved_command_line};
 pub use layout::{CallFormat, GraphFormat, ReturnFormat, Slot};
 pub use rings::TraceArray;
 

@@ -3,6 +3,7 @@
 
 use xftrace::callflow::Names;
 use xftrace::detect::{profile_with, Profiler};
+use xftrace::ring::record::LostWhy;
 use xftrace::session::{Listed, ModuleHistory, ModuleLook, UNSURE_NS};
 
 use super::*;
@@ -86,6 +87,59 @@ fn a_module_that_sets_itself_up_is_no_hook() {
         });
     });
     assert_eq!(alarms(&check(&left, Some(&known))), [Rule::UnknownModule]);
+}
+
+/// What was lost may have been that a module is loaded.
+#[test]
+fn behind_a_loss_a_module_may_be_one_that_sets_itself_up() {
+    let known = learn(&clean());
+    let found = |before: fn(&mut Story), hidden: fn(&mut Story), is_lost: bool| {
+        let items = guest(2, |story, _| {
+            before(story);
+            story.unseen(|story| {
+                hidden(story);
+                story
+            });
+            if is_lost {
+                story.lost(None, LostWhy::Overrun);
+            }
+            story
+                .call("vfs_read")
+                .call_at(IN_MODULE, Gva(address("vfs_read").0 + 9))
+                .ret()
+                .ret();
+            while story.depth() > 0 {
+                story.ret();
+            }
+        });
+        alarms(&check(&items, Some(&known)))
+    };
+    let loads = |story: &mut Story| {
+        story.call("__x64_sys_finit_module").call("do_init_module");
+    };
+    let reads = |story: &mut Story| {
+        story.call("__x64_sys_read");
+    };
+    // All around it is lost, or stands on what was there before, or may seem to.
+    assert_eq!(found(|_| {}, loads, true), []);
+    let stands = |story: &mut Story| {
+        story
+            .ret()
+            .call("__x64_sys_finit_module")
+            .call("do_init_module");
+    };
+    assert_eq!(found(reads, stands, true), []);
+    let seems = |story: &mut Story| {
+        story.ret().call("do_init_module");
+    };
+    assert_eq!(found(reads, seems, true), []);
+    // Records that were refused are missing too.
+    assert_eq!(found(reads, loads, false), []);
+    // Where nothing is lost of what it lies below, nothing is excused.
+    let root = |story: &mut Story| {
+        story.ret();
+    };
+    assert_eq!(found(reads, root, true), [Rule::UnknownModule]);
 }
 
 #[test]
