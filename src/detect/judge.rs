@@ -17,7 +17,7 @@ use super::finding::{Evidence, Finding};
 use super::profile::{Example, Function, Profile, Root, Seen};
 use super::rules::{Rule, Severity};
 use super::site::{is_dispatcher, is_system_call, Label, Site, LOADING};
-use super::{MIN_CALLS, MIN_SEEN, MIN_SHARE};
+use super::{MIN_CALLS, MIN_SEEN, MIN_SESSIONS, MIN_SHARE};
 use crate::output::WallClock;
 
 /// What is wrong with a profile, the surest first: by itself and, if there is
@@ -305,7 +305,9 @@ impl Judge<'_> {
     /// How many calls a root makes, and how long it takes.
     fn bands(&self, profile: &Profile<'_>, label: Label, root: &Root<'_>, found: &mut Findings) {
         let name = baseline::name(&profile.labels, label);
-        let Some(known) = self.baseline.and_then(|baseline| baseline.roots.get(&name)) else {
+        let several = |baseline: &&Baseline| baseline.sessions.len() >= MIN_SESSIONS;
+        let baseline = self.baseline.filter(several);
+        let Some(known) = baseline.and_then(|baseline| baseline.roots.get(&name)) else {
             return;
         };
         let pace = Pace::of(profile);

@@ -57,6 +57,9 @@ pub const MIN_CALLS: u64 = 100;
 pub const MIN_SEEN: u64 = 20;
 /// and only if it is so much of all: one in this many.
 pub const MIN_SHARE: u64 = 50;
+/// How often and how long is judged by a baseline of so many sessions only: how far such
+/// numbers lie apart from one session to another, fewer do not tell.
+pub const MIN_SESSIONS: usize = 3;
 
 /// How long it may take until what the guest did to its list of modules is in a
 /// session that is still written: the helper looks ten times a second.

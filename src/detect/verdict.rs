@@ -6,8 +6,8 @@ use super::baseline::Baseline;
 use super::finding::Finding;
 use super::judge::judge;
 use super::profile::{ProfileLimits, Skipped};
-use super::profile_of;
 use super::rules::{Rule, Severity};
+use super::{profile_of, MIN_SESSIONS};
 use crate::callflow::{Kernels, Tally};
 use crate::session::{FindingKind, Meta, Mode, Session, SessionError, State};
 
@@ -286,6 +286,13 @@ fn compare_roots(
             "the baseline does not know {}: what they call is judged as far as other functions \
              showed it",
             unknown.join(", ")
+        ));
+    }
+    if known.sessions.len() < MIN_SESSIONS {
+        remarks.push(format!(
+            "the baseline has learnt {} sessions: how many calls there are and how long they take \
+             is judged from {MIN_SESSIONS} on",
+            known.sessions.len()
         ));
     }
     if !known.has_converged() {

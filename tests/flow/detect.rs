@@ -3,7 +3,8 @@
 
 use proptest::prelude::*;
 use xftrace::detect::{
-    judge, profile_items, Baseline, Finding, Profile, ProfileLimits, Rule, Severity, MIN_CALLS,
+    judge, profile_items, Baseline, Finding, Learnt, Profile, ProfileLimits, Rule, Severity,
+    MIN_CALLS, MIN_SESSIONS,
 };
 use xftrace::kernel::Gva;
 use xftrace::ring::record::{ForgedWhy, Item, LostWhy, TraceFlags, What};
@@ -24,7 +25,22 @@ fn profile(items: &[Item]) -> Profile<'static> {
 fn learn(items: &[Item]) -> Baseline {
     let all = profile_items(readable(items), &Table, ProfileLimits::default(), &[0, 1]);
     let (profile, tally) = all.unwrap_or_else(|never| match never {});
-    Baseline::from_profile(KERNEL, &profile, &tally).expect("a clean guest")
+    let mut known = Baseline::from_profile(KERNEL, &profile, &tally).expect("a clean guest");
+    sessions(&mut known, MIN_SESSIONS);
+    known
+}
+
+/// Has a baseline be one of so many sessions.
+fn sessions(known: &mut Baseline, number: usize) {
+    let learnt = |number: usize| {
+        let learnt = Learnt {
+            calls: 1,
+            lost: 0,
+            skipped: Default::default(),
+        };
+        (number.to_string(), learnt)
+    };
+    known.sessions = (0..number).map(learnt).collect();
 }
 
 fn check(items: &[Item], baseline: Option<&Baseline>) -> Vec<Finding> {
@@ -389,6 +405,9 @@ fn a_longer_time_is_found_and_a_slower_host_is_not() {
     let known = learn(&timed(10, 0));
     let found = check(&timed(10, 90_000), Some(&known));
     assert_eq!(alarms(&found), [Rule::Duration], "{found:?}");
+    let mut young = known.clone();
+    sessions(&mut young, MIN_SESSIONS - 1);
+    assert_eq!(alarms(&check(&timed(10, 90_000), Some(&young))), []);
     assert_eq!(check(&timed(10, 900), Some(&known)), []);
     // Three times slower in everything, as under another's load.
     assert_eq!(check(&timed(30, 0), Some(&known)), []);

@@ -7,9 +7,9 @@ use crate::callflow::{Kernels, Tally};
 use crate::detect::histogram::Histogram;
 use crate::detect::profile::{Profile, Silence as Silent};
 use crate::detect::site::{is_dispatcher, is_system_call, Label, Labels, Site};
-use crate::detect::{profile_of, ProfileLimits, MIN_CALLS, MIN_SEEN};
+use crate::detect::{profile_of, ProfileLimits, Severity, MIN_CALLS, MIN_SEEN};
 use crate::kernel::escape;
-use crate::session::{Session, SessionError, State};
+use crate::session::{FindingKind, Session, SessionError, State};
 
 /// Why nothing is learnt from a session.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +55,10 @@ impl Baseline {
     /// # Errors
     /// See [`LearnError`]. The baseline is as before then.
     pub fn learn(&mut self, session: &Session) -> Result<Learned, LearnError> {
+        // What it has yet to see is found by a baseline too, while that is learnt.
+        if self.has_converged() {
+            not_caught(session, |_| true)?;
+        }
         let other = Self::of(session)?;
         if other
             .sessions
@@ -87,11 +91,11 @@ impl Baseline {
         if session.meta.state == State::Open {
             return Err(LearnError::Open);
         }
-        let caught = session.findings()?;
-        if let Some(finding) = caught.first() {
-            let text = serde_json::to_string(&finding.kind).unwrap_or_default();
-            return Err(LearnError::NotClean(format!("it was caught at {text}")));
-        }
+        let only_warns = |kind: &FindingKind| {
+            let warning = Severity::Warning.text();
+            matches!(kind, FindingKind::ControlFlow(flow) if flow.severity == warning)
+        };
+        not_caught(session, |kind| !only_warns(kind))?;
         let mut banners = session.meta.boots.iter().map(|boot| boot.banner.trim_end());
         let banner = banners.next().ok_or(LearnError::Empty)?;
         if let Some(other) = banners.find(|other| *other != banner) {
@@ -224,6 +228,16 @@ impl Function {
             from_modules: function.from_modules.keys().map(module).collect(),
         }
     }
+}
+
+/// That a session's guest was caught at none of what `counts`.
+fn not_caught(session: &Session, counts: impl Fn(&FindingKind) -> bool) -> Result<(), LearnError> {
+    let caught = session.findings()?;
+    let Some(finding) = caught.iter().find(|finding| counts(&finding.kind)) else {
+        return Ok(());
+    };
+    let text = serde_json::to_string(&finding.kind).unwrap_or_default();
+    Err(LearnError::NotClean(format!("it was caught at {text}")))
 }
 
 impl Band {

@@ -5,14 +5,14 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::*;
-use crate::detect::{Evidence, LearnError, Mark, PathStep};
+use crate::detect::{Evidence, LearnError, Learnt, Mark, PathStep};
 use crate::kernel::control::RecordTypes;
 use crate::kernel::Symbols;
 use crate::keys::Tamper;
 use crate::ring::RecordFormat;
 use crate::session::{
-    Boot, EndReason, Finding as Caught, GuestCounts, MapId, Meta, Mode, QemuProcess, SessionWriter,
-    FINDINGS_FILE, KLOG_FILE, MODULES_FILE,
+    Boot, ControlFlow, EndReason, Finding as Caught, GuestCounts, MapId, Meta, Mode, QemuProcess,
+    SessionWriter, FINDINGS_FILE, KLOG_FILE, MODULES_FILE,
 };
 use crate::test_schema::has_the_fields;
 
@@ -153,6 +153,47 @@ fn nothing_is_learnt_where_the_guest_was_caught() {
     let dir = tempfile::tempdir().expect("a directory");
     let refused = Baseline::of(&session(dir.path(), &[])).unwrap_err();
     assert!(matches!(refused, LearnError::Empty), "{refused}");
+}
+
+/// What a baseline has yet to see is found by it, and would never be learnt.
+#[test]
+fn what_is_new_to_a_baseline_is_learnt_until_it_has_seen_enough() {
+    let learnt = |severity: Severity, sessions: usize| {
+        let dir = tempfile::tempdir().expect("a directory");
+        let kind = FindingKind::ControlFlow(Box::new(ControlFlow {
+            rule: Rule::UnexpectedCallee.name().to_owned(),
+            severity: severity.text().to_owned(),
+            subject: "vfs_read".to_owned(),
+            what: "vfs_read calls something".to_owned(),
+            count: 20,
+            evidence: Value::Null,
+        }));
+        let mut known = Baseline::new(BANNER);
+        let learnt = |number: usize| {
+            let learnt = Learnt {
+                calls: 1,
+                lost: 0,
+                skipped: Skipped::default(),
+            };
+            (number.to_string(), learnt)
+        };
+        known.sessions = (0..sessions).map(learnt).collect();
+        // Of sessions that teach nothing two are enough.
+        assert_eq!(known.has_converged(), sessions >= 2);
+        known.learn(&session(dir.path(), &[kind])).unwrap_err()
+    };
+    for (severity, sessions, refused) in [
+        (Severity::Warning, 1, false),
+        (Severity::Warning, 2, true),
+        (Severity::Critical, 1, true),
+        (Severity::Critical, 2, true),
+    ] {
+        let error = learnt(severity, sessions);
+        let is_refused = matches!(error, LearnError::NotClean(_));
+        assert_eq!(is_refused, refused, "{severity:?} {sessions}: {error}");
+        // It has no calls.
+        assert!(refused || matches!(error, LearnError::Empty), "{error}");
+    }
 }
 
 #[test]
