@@ -7,6 +7,7 @@
 //!                   call_direct_funcs         -> ftrace_ops.direct_call, direct_functions
 //!                   ftrace_pid_func           -> ftrace_ops.saved_func
 //! kprobe            kprobe_dispatcher         -> trace_kprobe.tp.event -> prog_array
+//! kretprobe.rh, fprobe.rethook                -> rethook.handler, of rethook.data
 //! ```
 //!
 //! That the function of a callback is the kernel's says nothing where it does no
@@ -26,6 +27,10 @@ pub(super) type Callee = (&'static str, Gva, Gva);
 
 /// What a callback calls that is to be limited to some tasks.
 pub(super) const SAVED: &str = "saved function";
+/// What is called instead of a callback.
+pub(super) const CALLED_DIRECTLY: &str = "direct call";
+/// What is called where functions return.
+pub(super) const RETURNS: &str = "where functions return";
 /// The functions of Ftrace's callbacks that call others.
 const FPROBES: [&str; 2] = ["fprobe_handler", "fprobe_kprobe_handler"];
 const LIVE_PATCH: &str = "klp_ftrace_handler";
@@ -64,6 +69,13 @@ pub(super) fn of_callback(
         ] {
             all.push(callee(view, what, fprobe, field(view, "fprobe", name)?)?);
         }
+        // Where functions return to that it waits for: its own handler, through this.
+        if let Ok(rethook) = field(view, "fprobe", "rethook") {
+            let exit = field(view, "fprobe", "exit_handler")?;
+            let (_, _, rethook) = callee(view, "", fprobe, rethook)?;
+            let returns = (fprobe, exit, "fprobe_exit_handler");
+            all.extend(led_astray(view, rethook, returns)?);
+        }
     } else if is(LIVE_PATCH) {
         let klp = Gva(ops.0.wrapping_sub(field(view, "klp_ops", "fops")?));
         let stack = klp.wrapping_add(field(view, "klp_ops", "func_stack")?);
@@ -81,10 +93,37 @@ pub(super) fn of_callback(
     } else if is(DIRECT) {
         // Before 6.4 only the table says it.
         if let Ok(at) = field(view, "ftrace_ops", "direct_call") {
-            all.push(callee(view, "direct call", ops, at)?);
+            all.push(callee(view, CALLED_DIRECTLY, ops, at)?);
         }
     }
     all.retain(|(_, _, to)| to.0 != 0 && *to != function);
+    Ok(all)
+}
+
+/// Whom a `struct rethook` calls where functions return, but for what it is to call:
+/// `handler`, for `of`, whose own function stands at `offset`
+/// (kernel/trace/rethook.c).
+pub(super) fn led_astray(
+    view: &View<'_>,
+    rethook: Gva,
+    (of, offset, handler): (Gva, u64, &str),
+) -> Result<Vec<Callee>, Obstacle> {
+    let mut all = Vec::new();
+    if rethook.0 == 0 {
+        return Ok(all);
+    }
+    let called = callee(view, RETURNS, rethook, field(view, "rethook", "handler")?)?;
+    // It has none once it is to be freed.
+    if called.2 .0 == 0 {
+        return Ok(all);
+    }
+    if !view.is_one_of(called.2, &[handler]) {
+        all.push(called);
+    }
+    let (_, _, data) = callee(view, "", rethook, field(view, "rethook", "data")?)?;
+    if data != of {
+        all.push(callee(view, "return of another probe", data, offset)?);
+    }
     Ok(all)
 }
 
@@ -99,43 +138,74 @@ pub(super) struct DirectCall {
 }
 
 /// The functions that are called directly where other functions begin
-/// (`direct_functions`, kernel/trace/ftrace.c).
-pub(super) fn direct(view: &View<'_>) -> Result<Vec<DirectCall>, Obstacle> {
+/// (`direct_functions`, kernel/trace/ftrace.c), as far as they can be read.
+pub(super) fn direct(view: &View<'_>, all: &mut Vec<DirectCall>) -> Result<(), Obstacle> {
     const WHAT: &str = "the table of Ftrace's direct calls";
     let Ok(table) = view.address("direct_functions") else {
-        return Ok(Vec::new());
+        return Ok(());
     };
     let table = view.pointer(table, WHAT)?;
-    let bits = field(view, "ftrace_hash", "size_bits")?;
-    let bits = view.pointer(table.wrapping_add(bits), WHAT)?.0;
-    let buckets = field(view, "ftrace_hash", "buckets")?;
-    let buckets = view.pointer(table.wrapping_add(buckets), WHAT)?;
-    let node = field(view, "ftrace_func_entry", "hlist")?;
-    let direct = field(view, "ftrace_func_entry", "direct")?;
+    let (ip, direct) = (
+        field(view, "ftrace_func_entry", "ip")?,
+        field(view, "ftrace_func_entry", "direct")?,
+    );
+    entries(view, table, WHAT, &mut |entry| {
+        let (_, at, to) = callee(view, "", entry, direct)?;
+        let from = view.pointer(entry.wrapping_add(ip), WHAT)?;
+        all.push(DirectCall { from, at, to });
+        Ok(())
+    })
+}
+
+/// Where the functions begin that a callback is called for: those of its
+/// `func_hash->filter_hash`. Without any, it is called for all.
+pub(super) fn called_for(view: &View<'_>, ops: Gva) -> Result<Vec<Gva>, Obstacle> {
+    const WHAT: &str = "the functions of a callback of Ftrace's";
+    let hash = view.pointer(
+        ops.wrapping_add(field(view, "ftrace_ops", "func_hash")?),
+        WHAT,
+    )?;
+    let filter = field(view, "ftrace_ops_hash", "filter_hash")?;
+    let table = view.pointer(hash.wrapping_add(filter), WHAT)?;
     let ip = field(view, "ftrace_func_entry", "ip")?;
-    if bits > MAX_BITS {
-        return Err(Obstacle::Endless(WHAT));
-    }
     let mut all = Vec::new();
+    entries(view, table, WHAT, &mut |entry| {
+        all.push(view.pointer(entry.wrapping_add(ip), WHAT)?);
+        Ok(())
+    })?;
+    Ok(all)
+}
+
+/// Gives each entry of a `struct ftrace_hash`.
+fn entries(
+    view: &View<'_>,
+    table: Gva,
+    what: &'static str,
+    each: &mut dyn FnMut(Gva) -> Result<(), Obstacle>,
+) -> Result<(), Obstacle> {
+    let bits = field(view, "ftrace_hash", "size_bits")?;
+    let bits = view.pointer(table.wrapping_add(bits), what)?.0;
+    let buckets = field(view, "ftrace_hash", "buckets")?;
+    let buckets = view.pointer(table.wrapping_add(buckets), what)?;
+    let node = field(view, "ftrace_func_entry", "hlist")?;
+    if bits > MAX_BITS {
+        return Err(Obstacle::Endless(what));
+    }
+    let mut seen = 0;
     // The empty one has no buckets.
     let count = if buckets.0 == 0 { 0 } else { 1 << bits };
     for bucket in 0..count {
-        let mut at = view.pointer(buckets.wrapping_add(8 * bucket), WHAT)?;
+        let mut at = view.pointer(buckets.wrapping_add(8 * bucket), what)?;
         while at.0 != 0 {
-            if all.len() >= MAX_ENTRIES {
-                return Err(Obstacle::Endless(WHAT));
+            if seen >= MAX_ENTRIES {
+                return Err(Obstacle::Endless(what));
             }
-            let entry = Gva(at.0.wrapping_sub(node));
-            let (_, at_direct, to) = callee(view, "", entry, direct)?;
-            all.push(DirectCall {
-                from: view.pointer(entry.wrapping_add(ip), WHAT)?,
-                at: at_direct,
-                to,
-            });
-            at = view.pointer(at, WHAT)?;
+            seen += 1;
+            each(Gva(at.0.wrapping_sub(node)))?;
+            at = view.pointer(at, what)?;
         }
     }
-    Ok(all)
+    Ok(())
 }
 
 /// Whether a function of an fprobe's runs BPF programs.

@@ -13,7 +13,7 @@
 
 use super::finding::{Check, Finding, Report};
 use super::owner::Owners;
-use super::view::{Obstacle, View};
+use super::view::{go_on, Obstacle, View};
 use crate::kernel::{Gva, Module};
 
 /// Modules whose file systems have operations of a module that is loaded later, and by
@@ -23,10 +23,13 @@ const EXTENDED: [(&str, &[&str]); 1] = [("nfs", &["nfsv2", "nfsv3", "nfsv4"])];
 /// Looks at files.
 pub(super) fn operations(view: &View<'_>, owners: &Owners, report: &mut Report) {
     let mut looked_at = 0;
-    let done = mounts(view, owners, report, &mut looked_at)
+    let mut doubts = Vec::new();
+    let mut doubt = |doubt| doubts.push(doubt);
+    let done = mounts(view, owners, report, &mut looked_at, &mut doubt);
+    let done = go_on(done, &mut doubt)
         .and_then(|()| super::proc::entries(view, owners, report, &mut looked_at));
-    let doubt = done.err().map(|error| error.to_string());
-    report.done(Check::Files, looked_at, doubt);
+    doubts.extend(done.err().map(|error| error.to_string()));
+    report.done(Check::Files, looked_at, doubts.into_iter().next());
 }
 
 /// What a table of operations may be of: the kernel's constants, or a module.
@@ -72,6 +75,7 @@ fn mounts(
     owners: &Owners,
     report: &mut Report,
     looked_at: &mut u64,
+    doubt: &mut dyn FnMut(String),
 ) -> Result<(), Obstacle> {
     const WHAT: &str = "a file system";
     let btf = view.btf()?;
@@ -86,7 +90,7 @@ fn mounts(
     let name = of(kind.field("name"))?;
     let (d_inode, d_op) = (of(dentry.field("d_inode"))?, of(dentry.field("d_op"))?);
     let (i_op, i_fop) = (of(inode.field("i_op"))?, of(inode.field("i_fop"))?);
-    for block in view.list(view.address("super_blocks")?, s_list, WHAT)? {
+    let mut look = |block: Gva| {
         let follow = |at: Gva, offset: u64| view.pointer(at.wrapping_add(offset), WHAT);
         let kind = follow(block, s_type)?;
         // Whose the type is, where it lies says, and not its own word for that.
@@ -109,6 +113,10 @@ fn mounts(
             let place = || format!("{what} of the root of a mounted {name}");
             judge(view, owners, report, &place, at, table, module);
         }
+        Ok(())
+    };
+    for block in view.list(view.address("super_blocks")?, s_list, WHAT)? {
+        go_on(look(block), doubt)?;
     }
     Ok(())
 }

@@ -14,14 +14,13 @@
 //! callback is a function of the kernel's that calls others (`dispatch.rs`), the
 //! same holds for these.
 
-use std::collections::BTreeSet;
-
-use super::dispatch::{self, Callee};
+use super::dispatch::{self, Callee, DirectCall};
 use super::finding::{Check, Finding, Report};
 use super::known::{self, Role};
-use super::owner::{ftrace_ops, Owner, Owners};
+use super::owner::{ftrace_ops, ftrace_trampolines, Owner, Owners, Trampoline};
 use super::text::{jump, TextReport, CALL};
-use super::view::{Obstacle, View};
+use super::trampoline;
+use super::view::{go_on, Obstacle, View};
 use crate::kernel::Gva;
 
 /// `FTRACE_OPS_FL_IPMODIFY`, include/linux/ftrace.h.
@@ -103,7 +102,7 @@ fn judge(
     // Of these all are known.
     let certain = matches!(
         callback.role,
-        Role::AllFunctions | Role::GraphEntry | Role::GraphReturn
+        Role::AllFunctions | Role::GraphEntry | Role::GraphReturn | Role::Return
     );
     if own && !bpf && !certain {
         doubts.push(known::unknown(view, &place, function));
@@ -112,6 +111,7 @@ fn judge(
     let expected = match callback.role {
         Role::AllFunctions => "a registered callback, or what calls all of them",
         Role::GraphEntry | Role::GraphReturn => "one of the kernel's own for function_graph",
+        Role::Return => "what the kernel has fprobes called by",
         _ => "a function of the kernel's",
     };
     let owner = if bpf {
@@ -139,12 +139,13 @@ fn registered(
     doubts: &mut Vec<String>,
 ) -> Result<(), Obstacle> {
     let layout = view.btf()?.structure("ftrace_ops")?;
-    let [func, flags, trampoline, size] = ["func", "flags", "trampoline", "trampoline_size"]
-        .map(|name| layout.field(name).map(|field| u64::from(field.offset)));
-    let (func, flags, trampoline, size) = (func?, flags?, trampoline?, size?);
+    let [func, flags] =
+        ["func", "flags"].map(|name| layout.field(name).map(|field| u64::from(field.offset)));
+    let (func, flags) = (func?, flags?);
     let mut functions = Vec::new();
-    let direct = dispatch::direct(view)?;
-    let called: BTreeSet<Gva> = direct.iter().map(|call| call.to).collect();
+    let mut direct = Vec::new();
+    let table = dispatch::direct(view, &mut direct);
+    go_on(table, &mut |doubt| doubts.push(doubt))?;
     for ops in ftrace_ops(view)? {
         *looked_at += 1;
         let function = view.pointer(ops.wrapping_add(func), WHAT)?;
@@ -165,8 +166,7 @@ fn registered(
         judge(view, owners, report, doubts, callback);
         match dispatch::of_callback(view, ops, function) {
             Ok(mut all) => {
-                // What the table of direct calls has is judged there.
-                all.retain(|(_, _, to)| !called.contains(to));
+                all.retain(|callee| !is_in_table(view, ops, callee, &direct));
                 further(view, owners, report, doubts, &name, &all);
             }
             Err(error @ Obstacle::TooMuch(_)) => return Err(error),
@@ -175,11 +175,10 @@ fn registered(
                 view.name(function)
             )),
         }
-        let start = view.pointer(ops.wrapping_add(trampoline), WHAT)?;
-        let length = view.pointer(ops.wrapping_add(size), WHAT)?.0;
-        if start.0 != 0 && length != 0 {
-            through(view, owners, report, doubts, start, function)?;
-        }
+    }
+    for trampoline in ftrace_trampolines(view)? {
+        let done = through(view, owners, report, doubts, trampoline, func);
+        go_on(done, &mut |doubt| doubts.push(doubt))?;
     }
     for call in direct {
         let owner = owners.owner(view, call.to);
@@ -205,6 +204,7 @@ fn further(
     for &(what, at, function) in all {
         let role = match what {
             dispatch::SAVED => Role::Function,
+            dispatch::RETURNS => Role::Return,
             _ => Role::Attached,
         };
         let callback = Callback {
@@ -253,46 +253,49 @@ fn entries(
     Ok(())
 }
 
-/// What a trampoline calls. It is a copy of `ftrace_caller` or of
-/// `ftrace_regs_caller` (create_trampoline(), arch/x86/kernel/ftrace.c), so the
-/// call stands where theirs does.
+/// Whether a direct call of a callback is one that the table of them has, for each
+/// function that the callback is called for: it is judged there.
+fn is_in_table(view: &View<'_>, ops: Gva, callee: &Callee, table: &[DirectCall]) -> bool {
+    let &(what, _, to) = callee;
+    if what != dispatch::CALLED_DIRECTLY {
+        return false;
+    }
+    let has = |from: &Gva| table.iter().any(|call| call.to == to && call.from == *from);
+    let functions = dispatch::called_for(view, ops);
+    functions.is_ok_and(|functions| !functions.is_empty() && functions.iter().all(has))
+}
+
+/// What a trampoline is, and calls; `func` is where a callback has its function.
 fn through(
     view: &View<'_>,
     owners: &Owners,
     report: &mut Report,
     doubts: &mut Vec<String>,
-    start: Gva,
-    function: Gva,
+    trampoline: Trampoline,
+    func: u64,
 ) -> Result<(), Obstacle> {
-    let of = |caller, call| {
-        Some(
-            view.address(call)
-                .ok()?
-                .wrapping_sub(view.address(caller).ok()?),
-        )
+    let Trampoline { ops, start, length } = trampoline;
+    let place = format!("the trampoline of Ftrace's at {start}");
+    let Some(called) = trampoline::calls(view, ops, start, length)? else {
+        report.add(Finding {
+            check: Check::Ftrace,
+            place,
+            address: start.0,
+            expected: "a copy of ftrace_caller or ftrace_regs_caller, of its callback".to_owned(),
+            found: "other code".to_owned(),
+            owner: Some(owners.owner(view, start).to_string()),
+        });
+        return Ok(());
     };
-    let places = [
-        of("ftrace_caller", "ftrace_call"),
-        of("ftrace_regs_caller", "ftrace_regs_call"),
-    ];
-    for place in places.into_iter().flatten() {
-        let at = start.wrapping_add(place);
-        let code = view.bytes(at, 5, "a trampoline of Ftrace's")?;
-        // Only one of the two has a call there.
-        let Some(call) = jump(at.0, &code).filter(|jump| jump.opcode == CALL) else {
-            continue;
+    if called != view.pointer(ops.wrapping_add(func), WHAT)? {
+        let callback = Callback {
+            place,
+            at: start,
+            function: called,
+            how: "",
+            role: Role::AllFunctions,
         };
-        let target = Gva(call.target);
-        if target != function {
-            let callback = Callback {
-                place: format!("the trampoline of Ftrace's at {start}"),
-                at,
-                function: target,
-                how: "",
-                role: Role::AllFunctions,
-            };
-            judge(view, owners, report, doubts, callback);
-        }
+        judge(view, owners, report, doubts, callback);
     }
     Ok(())
 }
@@ -312,7 +315,7 @@ fn called(view: &View<'_>, owners: &Owners, text: &TextReport, report: &mut Repo
         let target = view.kernel.runtime(Gva(target));
         let first = view.kernel.runtime(Gva(first));
         let owner = owners.owner(view, target);
-        if owner == Owner::Made(super::owner::FTRACE.to_owned()) {
+        if owners.begins_trampoline(target) {
             continue;
         }
         // It has a trampoline for each function.

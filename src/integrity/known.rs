@@ -21,6 +21,8 @@ pub(super) enum Role {
     GraphEntry,
     /// and where they return.
     GraphReturn,
+    /// Where functions return that an fprobe waits for.
+    Return,
     /// By a kprobe or a kretprobe.
     Probe,
     /// At a tracepoint.
@@ -178,6 +180,7 @@ impl Role {
             Self::Attached => &ATTACHED,
             Self::GraphEntry => &GRAPH_ENTRY,
             Self::GraphReturn => &GRAPH_RETURN,
+            Self::Return => &["fprobe_exit_handler"],
             Self::Probe => &PROBE,
             Self::Tracepoint => &TRACEPOINT,
         }

@@ -27,7 +27,7 @@ use super::finding::{Check, Finding, Report};
 use super::known::{self, Role};
 use super::owner::{Owner, Owners};
 use super::text::jump;
-use super::view::{Obstacle, View, MAX_ENTRIES};
+use super::view::{go_on, Obstacle, View, MAX_ENTRIES};
 use crate::kernel::Gva;
 
 /// `KPROBE_TABLE_SIZE`, kernel/kprobes.c.
@@ -75,6 +75,8 @@ struct Offsets {
     handlers: [u64; 2],
     /// Of a kretprobe, from its kprobe on.
     returns: [u64; 2],
+    /// Where it has its `struct rethook`, if the kernel has such.
+    rethook: Option<u64>,
     moved: MovedAt,
     detour: Option<DetourAt>,
 }
@@ -99,6 +101,7 @@ impl Offsets {
             flags: field("flags")?,
             handlers: [field("pre_handler")?, field("post_handler")?],
             returns: [after("handler")?, after("entry_handler")?],
+            rethook: after("rh").ok(),
             moved: MovedAt::of(&kprobe)?,
             detour: optimized.as_ref().map(DetourAt::of).transpose()?,
         })
@@ -117,25 +120,30 @@ impl Probes {
     pub(super) fn of(view: &View<'_>) -> Self {
         let mut probes = Self::default();
         if view.symbols.address("kprobe_table").is_some() {
-            let done = table(view, &mut probes.places);
-            probes.doubt = done.err().map(|error| error.to_string());
+            if let Err(error) = table(view, &mut probes) {
+                probes.doubt = Some(error.to_string());
+            }
         }
         probes
     }
 }
 
-fn table(view: &View<'_>, places: &mut Vec<Place>) -> Result<(), Obstacle> {
+fn table(view: &View<'_>, probes: &mut Probes) -> Result<(), Obstacle> {
     const TABLE: &str = "the table of kprobes";
     let offsets = Offsets::of(view)?;
     let table = view.address("kprobe_table")?;
+    let mut seen = 0;
     for bucket in 0..BUCKETS {
         let mut node = view.pointer(table.wrapping_add(8 * bucket), TABLE)?;
         while node.0 != 0 {
-            if places.len() >= MAX_ENTRIES {
+            if seen >= MAX_ENTRIES {
                 return Err(Obstacle::Endless(TABLE));
             }
+            seen += 1;
             let kprobe = Gva(node.0.wrapping_sub(offsets.hlist));
-            places.push(place(view, &offsets, kprobe)?);
+            let place = place(view, &offsets, kprobe);
+            let done = place.map(|place| probes.places.push(place));
+            go_on(done, &mut |doubt| probes.doubt = Some(doubt))?;
             node = view.pointer(node, TABLE)?;
         }
     }
@@ -173,6 +181,13 @@ fn probe(view: &View<'_>, offsets: &Offsets, kprobe: Gva) -> Result<Probe, Obsta
     if is_return {
         for offset in offsets.returns {
             handlers.push(view.pointer(kprobe.wrapping_add(offset), WHAT)?);
+        }
+        if let Some(rethook) = offsets.rethook {
+            let rethook = view.pointer(kprobe.wrapping_add(rethook), WHAT)?;
+            let [handler, _] = offsets.returns;
+            let returns = (kprobe, handler, "kretprobe_rethook_handler");
+            let astray = dispatch::led_astray(view, rethook, returns)?;
+            handlers.extend(astray.into_iter().map(|(_, _, function)| function));
         }
     }
     handlers.retain(|handler| handler.0 != 0);

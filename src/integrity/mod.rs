@@ -49,6 +49,7 @@ mod steady;
 mod tests;
 mod text;
 mod tracepoints;
+mod trampoline;
 mod view;
 
 pub use finding::{Check, Finding, Outcome, Report};

@@ -211,6 +211,12 @@ impl Owners {
             && its::is_thunk(view, at, register)
     }
 
+    /// Whether a trampoline of Ftrace's begins there.
+    pub(super) fn begins_trampoline(&self, at: Gva) -> bool {
+        let begins = |(range, kind): &Claim| range.start == at && kind == FTRACE;
+        self.made.iter().any(begins)
+    }
+
     /// Whether any of this is a module's code, or code that the kernel made.
     pub(super) fn have(&self, piece: &Range<Gva>) -> bool {
         let after = self.code.partition_point(|range| range.start < piece.end);
@@ -301,9 +307,19 @@ pub(super) fn ftrace_ops(view: &View<'_>) -> Result<Vec<Gva>, Obstacle> {
     Ok(all)
 }
 
+/// A trampoline of Ftrace's.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Trampoline {
+    /// The callback that it was made for, a `struct ftrace_ops`.
+    pub(super) ops: Gva,
+    pub(super) start: Gva,
+    /// How many bytes it has.
+    pub(super) length: u64,
+}
+
 /// Those of registered callbacks, and those of the kernel's own that were: their
 /// trampolines stay (`ftrace_ops_trampoline_list`, kernel/trace/ftrace.c).
-fn trampolines(view: &View<'_>, made: &mut Vec<Claim>) -> Result<(), Obstacle> {
+pub(super) fn ftrace_trampolines(view: &View<'_>) -> Result<Vec<Trampoline>, Obstacle> {
     const WHAT: &str = "the list of Ftrace's trampolines";
     let ops = view.btf()?.structure("ftrace_ops")?;
     let (at, size) = (
@@ -314,16 +330,24 @@ fn trampolines(view: &View<'_>, made: &mut Vec<Claim>) -> Result<(), Obstacle> {
     if let Ok(head) = view.address("ftrace_ops_trampoline_list") {
         all.extend(view.list(head, ops.field("list")?.offset, WHAT)?);
     }
+    let mut trampolines = Vec::new();
     for ops in all {
         let start = view.pointer(ops.wrapping_add(at.into()), WHAT)?;
         let length = view.pointer(ops.wrapping_add(size.into()), WHAT)?.0;
         // One of the kernel's own text has no size here.
-        if start.0 != 0 && length != 0 && length <= PAGE {
-            // Whole pages are executable, what is behind it in them too.
-            let pages = length.next_multiple_of(PAGE);
-            made.push((range(start, pages), FTRACE.to_owned()));
+        if start.0 != 0 && length != 0 {
+            trampolines.push(Trampoline { ops, start, length });
         }
     }
+    Ok(trampolines)
+}
+
+fn trampolines(view: &View<'_>, made: &mut Vec<Claim>) -> Result<(), Obstacle> {
+    let all = ftrace_trampolines(view)?.into_iter();
+    // Whole pages are executable, what is behind it in them too.
+    let pages = |one: Trampoline| range(one.start, one.length.next_multiple_of(PAGE));
+    let possible = all.filter(|one| one.length <= PAGE);
+    made.extend(possible.map(|one| (pages(one), FTRACE.to_owned())));
     Ok(())
 }
 

@@ -15,7 +15,7 @@ use super::dispatch;
 use super::finding::{Check, Finding, Report};
 use super::known::{self, Role};
 use super::owner::{Owner, Owners};
-use super::view::{Obstacle, View};
+use super::view::{go_on, Obstacle, View};
 use crate::kernel::Gva;
 
 /// More functions than are ever attached to one tracepoint.
@@ -29,12 +29,11 @@ pub(super) fn attached(
     report: &mut Report,
 ) {
     let mut looked_at = 0;
-    let mut unknown = None;
-    let doubt = functions(view, owners, image, report, &mut looked_at, &mut unknown)
-        .and_then(|()| events(view, image, report, &mut looked_at))
-        .err();
-    let doubt = doubt.map(|error| error.to_string()).or(unknown);
-    report.done(Check::Tracepoints, looked_at, doubt);
+    let mut doubts = Vec::new();
+    let done = functions(view, owners, image, report, &mut looked_at, &mut doubts)
+        .and_then(|()| events(view, image, report, &mut looked_at, &mut doubts));
+    doubts.extend(done.err().map(|error| error.to_string()));
+    report.done(Check::Tracepoints, looked_at, doubts.into_iter().next());
 }
 
 /// `__tracepoints_ptrs`: offsets to each `struct tracepoint`, each from its own
@@ -45,7 +44,7 @@ fn functions(
     image: &super::Image,
     report: &mut Report,
     looked_at: &mut u64,
-    unknown: &mut Option<String>,
+    doubts: &mut Vec<String>,
 ) -> Result<(), Obstacle> {
     const WHAT: &str = "a tracepoint";
     let bounds = ["__start___tracepoints_ptrs", "__stop___tracepoints_ptrs"];
@@ -58,13 +57,10 @@ fn functions(
     let point = view.btf()?.structure("tracepoint")?;
     let (name, funcs) = (point.field("name")?.offset, point.field("funcs")?.offset);
     let each = u64::from(view.btf()?.structure("tracepoint_func")?.size()?);
-    for (offset, at) in super::image::records::<4>(list).zip((start.0..).step_by(4)) {
-        *looked_at += 1;
-        let link = at.wrapping_add_signed(i64::from(i32::from_le_bytes(offset)));
-        let point = view.kernel.runtime(Gva(link));
+    let mut look = |point: Gva| {
         let array = view.pointer(point.wrapping_add(funcs.into()), WHAT)?;
         if array.0 == 0 {
-            continue;
+            return Ok(());
         }
         let text = view.pointer(point.wrapping_add(name.into()), WHAT)?;
         let name = view.text(text);
@@ -74,30 +70,51 @@ fn functions(
             if function.0 == 0 {
                 break;
             }
-            let owner = owners.owner(view, function);
-            match owner {
-                Owner::Kernel(own) if !own.starts_with("__bpf_trace_") => {
-                    if !Role::Tracepoint.has(view, function) {
-                        let place = format!("tracepoint {name}");
-                        *unknown = Some(known::unknown(view, &place, function));
-                    }
-                    report.note(format!("tracepoint {name} calls the kernel's own {own}"));
-                }
-                owner => report.add(Finding {
-                    check: Check::Tracepoints,
-                    place: format!("tracepoint {name}"),
-                    address: slot.0,
-                    expected: "a function of the kernel's".to_owned(),
-                    found: view.name(function),
-                    owner: Some(match owner {
-                        Owner::Kernel(_) => "a BPF program".to_owned(),
-                        owner => owner.to_string(),
-                    }),
-                }),
+            if let Some(other) = judge(view, owners, report, &name, slot, function) {
+                doubts.push(other);
             }
         }
+        Ok(())
+    };
+    let mut damaged = None;
+    for (offset, at) in super::image::records::<4>(list).zip((start.0..).step_by(4)) {
+        *looked_at += 1;
+        let link = at.wrapping_add_signed(i64::from(i32::from_le_bytes(offset)));
+        let done = look(view.kernel.runtime(Gva(link)));
+        go_on(done, &mut |doubt| damaged = Some(doubt))?;
     }
+    doubts.extend(damaged);
     Ok(())
+}
+
+/// Judges a function at a tracepoint, and says what is not known of it.
+fn judge(
+    view: &View<'_>,
+    owners: &Owners,
+    report: &mut Report,
+    name: &str,
+    slot: Gva,
+    function: Gva,
+) -> Option<String> {
+    let place = format!("tracepoint {name}");
+    let owner = match owners.owner(view, function) {
+        Owner::Kernel(own) if !own.starts_with("__bpf_trace_") => {
+            report.note(format!("{place} calls the kernel's own {own}"));
+            let known = Role::Tracepoint.has(view, function);
+            return (!known).then(|| known::unknown(view, &place, function));
+        }
+        Owner::Kernel(_) => "a BPF program".to_owned(),
+        owner => owner.to_string(),
+    };
+    report.add(Finding {
+        check: Check::Tracepoints,
+        place,
+        address: slot.0,
+        expected: "a function of the kernel's".to_owned(),
+        found: view.name(function),
+        owner: Some(owner),
+    });
+    None
 }
 
 /// `__start_ftrace_events`: pointers to each event of the kernel's
@@ -108,6 +125,7 @@ fn events(
     image: &super::Image,
     report: &mut Report,
     looked_at: &mut u64,
+    doubts: &mut Vec<String>,
 ) -> Result<(), Obstacle> {
     let bounds = ["__start_ftrace_events", "__stop_ftrace_events"];
     let [Some(start), Some(stop)] = bounds.map(|name| view.symbols.address(name)) else {
@@ -119,7 +137,10 @@ fn events(
     for (_, event) in all {
         *looked_at += 1;
         let event = view.kernel.runtime(event);
-        if dispatch::event_runs_bpf(view, event)? {
+        let mut runs_bpf = false;
+        let runs = dispatch::event_runs_bpf(view, event).map(|runs| runs_bpf = runs);
+        go_on(runs, &mut |doubt| doubts.push(doubt))?;
+        if runs_bpf {
             report.add(Finding {
                 check: Check::Tracepoints,
                 place: format!("event {}", view.name(event)),

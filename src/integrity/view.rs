@@ -41,6 +41,22 @@ pub(super) enum Obstacle {
     Unfollowed(&'static str),
 }
 
+/// What is to be done behind an entry of a list that cannot be read: the others are
+/// looked at all the same, and it is a doubt. Not where there is too much to read.
+pub(super) fn go_on(
+    done: Result<(), Obstacle>,
+    doubt: &mut dyn FnMut(String),
+) -> Result<(), Obstacle> {
+    match done {
+        Err(Obstacle::TooMuch(what)) => Err(Obstacle::TooMuch(what)),
+        Err(error) => {
+            doubt(error.to_string());
+            Ok(())
+        }
+        Ok(()) => Ok(()),
+    }
+}
+
 /// What the checks read from.
 pub(super) struct View<'a> {
     pub(super) ram: &'a dyn GuestRam,

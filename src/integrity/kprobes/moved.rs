@@ -21,7 +21,7 @@
 
 use super::{INT3, JUMP, WHAT};
 use crate::integrity::owner::{Owner, Owners, KPROBE};
-use crate::integrity::text::{jump, CALL};
+use crate::integrity::text::{fill, jump, CALL};
 use crate::integrity::view::{Obstacle, View};
 use crate::kernel::btf::Structure;
 use crate::kernel::Gva;
@@ -303,14 +303,6 @@ impl Detour {
                 .is_some_and(|original| is_copy(&copies, original, copies_at.wrapping_sub(at)))
             && jumps(back, &view.array::<5>(back, WHAT)?, at, self.size)
             && owners.owner(view, self.to) == Owner::Made(KPROBE.to_owned()))
-    }
-}
-
-/// Puts bytes over those at `at`, if there is room.
-fn fill(code: &mut [u8], at: u64, bytes: &[u8]) {
-    let room = code.get_mut(at as usize..).unwrap_or_default();
-    if let Some(room) = room.get_mut(..bytes.len()) {
-        room.copy_from_slice(bytes);
     }
 }
 

@@ -1,5 +1,7 @@
 //! What is called through functions of the kernel's own.
 
+use std::cell::Cell;
+
 use super::super::finding::Report;
 use super::super::kprobes::{self, Probes};
 use super::super::text::TextReport;
@@ -26,6 +28,7 @@ fn callback(function: &str) -> (Fake, u64) {
             ("trampoline", 32),
             ("trampoline_size", 40),
             ("direct_call", 48),
+            ("func_hash", 56),
         ],
     );
     guest.put(DATA, OPS);
@@ -53,7 +56,12 @@ fn what_an_fprobe_calls_is_looked_at() {
     let why = doubt(&report).expect("a doubt");
     assert!(why.contains("fprobe_handler"), "{why}");
 
-    let fields = [("ops", 8), ("entry_handler", 0x80), ("exit_handler", 0x88)];
+    let fields = [
+        ("ops", 8),
+        ("entry_handler", 0x80),
+        ("exit_handler", 0x88),
+        ("rethook", 0x90),
+    ];
     guest.layout("fprobe", &fields);
     let (own, bpf) = (
         guest.function("fentry_dispatcher"),
@@ -72,6 +80,28 @@ fn what_an_fprobe_calls_is_looked_at() {
     let report = look(&guest);
     let place = format!("Ftrace's callback {OPS:#x}: return of an fprobe");
     assert_eq!(found(&report), [(&*place, "0xffffffffc0000100", MODULE)]);
+
+    // Where functions return to that it waits for.
+    guest.put(exit, own);
+    guest.layout("rethook", &[("data", 0), ("handler", 8)]);
+    let (fprobe, rethook) = (OPS - 8, HEAP + 0x700);
+    let handler = guest.function("fprobe_exit_handler");
+    guest.put(fprobe + 0x90, rethook);
+    let mut returns = |data: u64, handler: u64| {
+        guest.put(rethook, data);
+        guest.put(rethook + 8, handler);
+        let report = look(&guest);
+        (report.findings.len(), doubt(&report).is_some())
+    };
+    assert_eq!(returns(fprobe, handler), (0, false));
+    assert_eq!(returns(HEAP + 0x1800, 0), (0, false));
+    assert_eq!(returns(fprobe, own), (1, false));
+    assert_eq!(returns(fprobe, bpf), (1, false));
+    assert_eq!(returns(fprobe, THEIRS), (1, false));
+    // Another one's, whose handler that is.
+    guest.put(HEAP + 0x1800 + 0x88, THEIRS);
+    assert_eq!(returns(HEAP + 0x1800, handler), (1, false));
+    returns(fprobe, handler);
 
     guest.put(exit, 0);
     guest.put(entry, bpf);
@@ -191,8 +221,11 @@ fn a_bpf_program_at_a_function_of_the_lsm_is_policy() {
     guest.layout("ftrace_func_entry", &entry);
     let ksym = [("start", 0), ("end", 8), ("name", 16), ("lnode", 64)];
     guest.layout("bpf_ksym", &ksym);
+    guest.layout("ftrace_ops_hash", &[("filter_hash", 8)]);
     let (lsm, other) = (guest.function("bpf_lsm_file_open"), guest.function("open"));
     let (hash, buckets, entry, image) = (HEAP + 0x900, HEAP + 0xa00, HEAP + 0xb00, HEAP + 0xc00);
+    // What the callback is called for, which is a table of the same kind.
+    let (hashes, filter, called_for) = (HEAP + 0xd00, HEAP + 0xd80, HEAP + 0xe00);
     let trampoline = MODULES + 0x2000;
     for (at, value) in [
         (DATA + 16, hash),
@@ -200,6 +233,10 @@ fn a_bpf_program_at_a_function_of_the_lsm_is_policy() {
         (buckets, entry),
         (entry + 32, trampoline),
         (OPS + 48, trampoline),
+        (OPS + 56, hashes),
+        (hashes + 8, filter),
+        (filter + 8, filter + 0x20),
+        (filter + 0x20, called_for),
         (DATA + 32, image + 64),
         (image + 64, DATA + 32),
         (image, trampoline),
@@ -210,6 +247,7 @@ fn a_bpf_program_at_a_function_of_the_lsm_is_policy() {
     let look = |name: &[u8], from: u64, called: u64| {
         guest.bytes(image + 16, name);
         guest.put(entry + 16, from);
+        guest.put(called_for + 16, from);
         guest.put(entry + 32, called);
         guest.put(OPS + 48, called);
         let report = guest.check(|view, owners, report| {
@@ -228,6 +266,137 @@ fn a_bpf_program_at_a_function_of_the_lsm_is_policy() {
     assert_eq!(look(b"bpf_trampoline_1\0", other, trampoline), (2, 0));
     assert_eq!(look(b"bpf_prog_1\0", lsm, trampoline), (2, 0));
     assert_eq!(look(b"bpf_trampoline_1\0", lsm, THEIRS), (2, 0));
+    // For another function besides, for all there are, or for what cannot be told.
+    guest.put(called_for, called_for + 0x40);
+    guest.put(called_for + 0x40 + 16, lsm);
+    assert_eq!(look(b"bpf_trampoline_1\0", lsm, trampoline), (0, 2));
+    guest.put(called_for + 0x40 + 16, other);
+    assert_eq!(look(b"bpf_trampoline_1\0", lsm, trampoline), (1, 2));
+    for nothing in [0, u64::MAX] {
+        guest.put(filter + 0x20, nothing);
+        assert_eq!(look(b"bpf_trampoline_1\0", lsm, trampoline), (1, 2));
+    }
+}
+
+/// Where `ftrace_caller` and `ftrace_regs_caller` are, and what they have behind their
+/// beginning: the callback, the call, a branch, and the end.
+const CALLERS: [(u64, [&str; 4], &str, u64); 2] = [
+    (
+        TEXT + 0x900,
+        [
+            "ftrace_caller",
+            "ftrace_caller_op_ptr",
+            "ftrace_call",
+            "ftrace_caller_end",
+        ],
+        "",
+        0,
+    ),
+    (
+        TEXT + 0xa00,
+        [
+            "ftrace_regs_caller",
+            "ftrace_regs_caller_op_ptr",
+            "ftrace_regs_call",
+            "ftrace_regs_caller_end",
+        ],
+        "ftrace_regs_caller_jmp",
+        4,
+    ),
+];
+
+#[test]
+fn a_trampoline_is_as_the_kernel_makes_them() {
+    let (mut guest, function) = callback("function_trace_call");
+    let all = guest.function("arch_ftrace_ops_list_func");
+    let stub = guest.function("ftrace_stub");
+    let (returns, other) = (guest.function("srso_return_thunk"), guest.function("open"));
+    for (at, names, branch, more) in CALLERS {
+        for (within, name) in [0, 8, 20, 32 + more].into_iter().zip(names) {
+            guest.symbol(at + within, 't', name);
+        }
+        let mut code = vec![0x90; 32 + more as usize];
+        code[..4].copy_from_slice(&[0xf3, 0x0f, 0x1e, 0xfa]);
+        code[8..11].copy_from_slice(&[0x48, 0x8b, 0x15]);
+        code[20..25].copy_from_slice(&branch_to(at + 20, stub));
+        if more > 0 {
+            guest.symbol(at + 28, 't', branch);
+            code[28..30].copy_from_slice(&[0x75, 0x31]);
+        }
+        guest.bytes(at, &code);
+    }
+    let start = MODULES + 0x1000;
+    for (at, _, _, more) in CALLERS {
+        let size = 32 + more;
+        for end in [
+            vec![0xc3],
+            vec![0xc3, 0xcc],
+            vec![0xc3, 0xcc, 0, 0, 0],
+            branch(0xe9, start + size, returns).to_vec(),
+        ] {
+            let length = size + end.len() as u64 + 8;
+            let mut code = vec![0x90; size as usize];
+            code[..4].copy_from_slice(&[0xf3, 0x0f, 0x1e, 0xfa]);
+            code[8..11].copy_from_slice(&[0x48, 0x8b, 0x15]);
+            code[11..15].copy_from_slice(&((length - 8 - 15) as u32).to_le_bytes());
+            code[20..25].copy_from_slice(&branch_to(start + 20, function));
+            if more > 0 {
+                code[28..30].copy_from_slice(&[0x66, 0x90]);
+            }
+            code.extend(&end);
+            code.extend(OPS.to_le_bytes());
+            guest.put(OPS + 32, start);
+            guest.put(OPS + 40, length);
+            let mut is_right = |code: &[u8]| {
+                guest.bytes(start, code);
+                let report = look(&guest);
+                assert_eq!(doubt(&report), None, "{at:x} {code:x?}");
+                found(&report).is_empty()
+            };
+            assert!(is_right(&code), "{at:x} {code:x?}");
+            // Whatever calls all callbacks may be called as well.
+            let mut other_call = code.clone();
+            other_call[20..25].copy_from_slice(&branch_to(start + 20, all));
+            assert!(is_right(&other_call));
+            other_call[20..25].copy_from_slice(&branch_to(start + 20, other));
+            assert!(!is_right(&other_call));
+            // The kernel has taken this out of its own code since.
+            let mut sealed = code.clone();
+            sealed[..4].copy_from_slice(&[0x66, 0x0f, 0x1f, 0x00]);
+            assert!(is_right(&sealed));
+            let spare = size as usize + 2..size as usize + end.len().max(2);
+            for byte in 0..code.len() {
+                let mut changed = code.clone();
+                changed[byte] ^= 0x10;
+                // Behind a return nothing runs.
+                let matters = end[0] != 0xc3 || !spare.contains(&byte);
+                assert_eq!(is_right(&changed), !matters, "{at:x} {byte} {end:x?}");
+            }
+            guest.bytes(start, &code);
+            guest.put(OPS + 40, length + 1);
+            assert!(!found(&look(&guest)).is_empty());
+        }
+    }
+    // Functions may call its beginning, and nothing else of it.
+    let calls = |to: u64| {
+        let report = guest.check(|view, owners, report| {
+            let text = TextReport {
+                trampolines: [(to, (1, other))].into(),
+                ..TextReport::default()
+            };
+            ftrace::callbacks(view, owners, Some(&text), report);
+        });
+        let place = "the call of Ftrace's in open";
+        report.findings.iter().any(|found| found.place == place)
+    };
+    assert!(!calls(start));
+    for to in [start + 1, start + 20, start + 0x800] {
+        assert!(calls(to), "{to:x}");
+    }
+}
+
+fn branch_to(at: u64, to: u64) -> [u8; 5] {
+    branch(0xe8, at, to)
 }
 
 #[test]
@@ -322,7 +491,12 @@ fn probed() -> (Fake, u64) {
     guest.layout("kprobe", &kprobe);
     guest.layout(
         "kretprobe",
-        &[("kp", 0), ("handler", 80), ("entry_handler", 88)],
+        &[
+            ("kp", 0),
+            ("handler", 80),
+            ("entry_handler", 88),
+            ("rh", 104),
+        ],
     );
     let optimized = [
         ("kp", 8),
@@ -587,22 +761,81 @@ fn a_bpf_program_at_a_kprobe_or_an_event_is_found() {
 }
 
 #[test]
+fn a_kretprobe_is_called_where_functions_return_and_nobody_else() {
+    let (mut guest, _) = probed();
+    guest.layout("rethook", &[("data", 0), ("handler", 8)]);
+    let [is_return, own, handler, other] = [
+        "pre_handler_kretprobe",
+        "kretprobe_dispatcher",
+        "kretprobe_rethook_handler",
+        "irq_work_single",
+    ]
+    .map(|name| guest.function(name));
+    let (rethook, foreign) = (HEAP + 0x3800, HEAP + 0x3c00);
+    guest.put(PROBE + 40, is_return);
+    guest.put(PROBE + 80, own);
+    guest.put(PROBE + 104, rethook);
+    guest.put(foreign + 80, THEIRS);
+    let look = |data: u64, handler: u64| {
+        guest.put(rethook, data);
+        guest.put(rethook + 8, handler);
+        let report = guest.check(|view, owners, report| {
+            kprobes::handlers(view, owners, &Probes::of(view), report);
+        });
+        (report.findings.len(), doubt(&report).is_some())
+    };
+    assert_eq!(look(PROBE, handler), (0, false));
+    assert_eq!(look(foreign, 0), (0, false));
+    assert_eq!(look(PROBE, THEIRS), (1, false));
+    assert_eq!(look(PROBE, other), (0, true));
+    assert_eq!(look(foreign, handler), (1, false));
+}
+
+#[test]
+fn what_cannot_be_read_hides_nothing_that_can() {
+    let (guest, _) = probed();
+    // Two in one bucket, the first of which leads nowhere.
+    let (damaged, nowhere) = (HEAP + 0x3000, 0x1000);
+    guest.put(DATA + 8 * 63, damaged);
+    guest.put(damaged, PROBE);
+    guest.put(damaged + 16, nowhere);
+    guest.put(PROBE + 40, THEIRS);
+    let report = guest.check(|view, owners, report| {
+        kprobes::handlers(view, owners, &Probes::of(view), report);
+    });
+    assert_eq!(report.findings.len(), 1);
+    assert!(doubt(&report).is_some());
+
+    let (mut guest, _) = callback("call_direct_funcs");
+    guest.symbol(DATA + 16, 'd', "direct_functions");
+    guest.put(DATA + 16, nowhere);
+    guest.put(OPS + 48, THEIRS);
+    let report = look(&guest);
+    assert_eq!(report.findings.len(), 1);
+    assert!(doubt(&report).is_some());
+}
+
+#[test]
 fn what_is_attached_to_a_tracepoint_is_known_or_a_doubt() {
     let (list, point, array) = (DATA + 0x600, DATA + 0x700, HEAP + 0x100);
     let mut guest = Fake::new();
     guest.symbol(list, 'd', "__start___tracepoints_ptrs");
-    guest.symbol(list + 4, 'd', "__stop___tracepoints_ptrs");
+    guest.symbol(list + 8, 'd', "__stop___tracepoints_ptrs");
     guest.layout("tracepoint", &[("name", 0), ("funcs", 8)]);
     guest.sized("tracepoint_func", 24);
     guest.put(point + 8, array);
-    let offset = ((point - list) as u32).to_le_bytes();
-    let image = Image::made_of(&[(".rodata", list, &offset)], &[]);
+    // The first of two leads nowhere.
+    let offsets =
+        [point + 0x40 - list, point - list - 4].map(|offset| (offset as u32).to_le_bytes());
+    let image = Image::made_of(&[(".rodata", list, offsets.as_flattened())], &[]);
+    let (damaged, leads_nowhere) = (point + 0x40 + 8, Cell::new(false));
     let mut look = |name: &str| {
         let function = match name {
             "" => THEIRS,
             name => guest.function(name),
         };
         guest.put(array, function);
+        guest.put(damaged, if leads_nowhere.get() { 0x1000 } else { 0 });
         let report =
             guest.check(|view, owners, report| tracepoints::attached(view, owners, &image, report));
         (report.findings.len(), doubt(&report).is_some())
@@ -613,4 +846,6 @@ fn what_is_attached_to_a_tracepoint_is_known_or_a_doubt() {
     assert_eq!(look("irq_work_single"), (0, true));
     assert_eq!(look("__bpf_trace_sched_switch"), (1, false));
     assert_eq!(look(""), (1, false));
+    leads_nowhere.set(true);
+    assert_eq!(look(""), (1, true));
 }

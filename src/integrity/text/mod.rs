@@ -14,7 +14,7 @@ use crate::kernel::{Gva, Symbols};
 use patched::{Patcher, INT3};
 use sites::Alternative;
 
-pub(super) use patched::{jump, Guest, CALL};
+pub(super) use patched::{fill, jump, Guest, CALL};
 pub(super) use sites::Sites;
 
 /// The most places that are told of.

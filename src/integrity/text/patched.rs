@@ -70,6 +70,14 @@ pub(in crate::integrity) fn jump(at: u64, code: &[u8]) -> Option<Jump> {
     })
 }
 
+/// Puts bytes over those at `at`, if there is room.
+pub(in crate::integrity) fn fill(code: &mut [u8], at: u64, bytes: &[u8]) {
+    let room = code.get_mut(at as usize..).unwrap_or_default();
+    if let Some(room) = room.get_mut(..bytes.len()) {
+        room.copy_from_slice(bytes);
+    }
+}
+
 /// What a comparison asks of the guest. All addresses are as linked.
 pub(in crate::integrity) trait Guest {
     /// The value of a variable of so many bytes, if it can be read.
