@@ -13,14 +13,15 @@
 //! A kprobe where Ftrace cannot call changes the kernel's text: a breakpoint, or a
 //! jump to code that was made for it. Where all handlers are the kernel's own, and what
 //! runs in place of the instructions does the same ([`moved`]), what the kprobe has kept
-//! of the text is put back before that is compared ([`Place::restore`]). So nothing is
+//! of the text is put back before that is compared ([`Probes::restore`]). So nothing is
 //! believed that is not in the image.
 
+mod lengths;
 mod moved;
 
 use moved::{Detour, DetourAt, Moved, MovedAt, LONGEST};
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 use super::dispatch;
 use super::finding::{Check, Finding, Report};
@@ -40,6 +41,9 @@ const JUMP: u8 = 0xe9;
 /// The most that a kprobe takes the place of: a jump of five bytes that ends in the
 /// first one of an instruction.
 const MOST: usize = 4 + LONGEST;
+
+/// How much text is taken apart for all of them, bytes: some thousand functions.
+const MAX_DECODED: usize = 4 << 20;
 
 /// A kprobe or a kretprobe.
 #[derive(Debug)]
@@ -198,21 +202,63 @@ fn probe(view: &View<'_>, offsets: &Offsets, kprobe: Gva) -> Result<Probe, Obsta
     })
 }
 
+/// Where in the kernel's text places are, by their distance from its beginning.
+type ByDistance<'p> = BTreeMap<usize, Vec<&'p Place>>;
+
 impl Probes {
     /// Puts into the kernel's text what kprobes took out of it, where that is all that
     /// they did. Where two are in the table for one address, the kernel goes by either
     /// (`get_kprobe()`), and it does for neither.
     pub(super) fn restore(&self, view: &View<'_>, owners: &Owners, text: &mut [u8]) {
-        let mut often = HashMap::new();
+        let mut all = ByDistance::new();
         for place in &self.places {
-            *often.entry(place.at).or_insert(0) += 1;
+            let link = view.kernel.link(place.at);
+            let distance = link.wrapping_sub(view.symbols.text().start);
+            if let Some(distance) = usize::try_from(distance).ok().filter(|&at| at < text.len()) {
+                all.entry(distance).or_default().push(place);
+            }
         }
-        let once = self
-            .places
-            .iter()
-            .filter(|place| often.get(&place.at) == Some(&1));
-        once.for_each(|place| place.restore(view, owners, text));
+        let mut room = MAX_DECODED;
+        let mut original = Vec::new();
+        for (&distance, places) in &all {
+            let changed = matches!(text.get(distance), Some(&INT3 | &JUMP));
+            let [place] = **places else { continue };
+            if changed && place.is_own(view) {
+                let code = whole(view, &all, text, distance, &mut room);
+                let code =
+                    code.and_then(|code| place.original(view, owners, text, distance, &code));
+                original.extend(code.map(|code| (distance, code)));
+            }
+        }
+        for (distance, was) in original {
+            let now = text.get_mut(distance..).unwrap_or_default();
+            now.iter_mut().zip(was).for_each(|(now, was)| *now = was);
+        }
     }
+}
+
+/// The text at a place as it was before anything in its function was probed, by what all
+/// kprobes say, and `None` where no instruction begins there. What they say is compared
+/// like all else; `room` is how much more may be taken apart.
+fn whole(
+    view: &View<'_>,
+    all: &ByDistance<'_>,
+    text: &[u8],
+    distance: usize,
+    room: &mut usize,
+) -> Option<Vec<u8>> {
+    let link = view.symbols.text().start.wrapping_add(distance as u64);
+    let (_, within) = view.symbols.symbol_before(link)?;
+    let begin = distance.checked_sub(usize::try_from(within).ok()?)?;
+    *room = room.checked_sub(distance - begin)?;
+    let end = text.len().min(distance + MOST);
+    let mut code = text.get(begin..end)?.to_vec();
+    for (&at, places) in all.range(begin..end) {
+        for place in places {
+            place.put_back(code.get_mut(at - begin..)?);
+        }
+    }
+    lengths::ends(&code, distance - begin).then(|| code.split_off(distance - begin))
 }
 
 impl Place {
@@ -223,43 +269,44 @@ impl Place {
         handlers.peek().is_some() && handlers.all(|&handler| view.in_text(handler))
     }
 
-    /// Puts into the kernel's text what the kprobe took out of it, where that is all
-    /// that it did: a breakpoint, or a jump to its own code.
-    fn restore(&self, view: &View<'_>, owners: &Owners, text: &mut [u8]) {
-        let link = view.kernel.link(self.at);
-        let within = usize::try_from(link.wrapping_sub(view.symbols.text().start));
-        let code = within.ok().and_then(|within| text.get_mut(within..));
-        let Some(code) = code.filter(|_| self.is_own(view)) else {
-            return;
-        };
-        let mut original = code
-            .get(..code.len().min(MOST))
-            .unwrap_or_default()
-            .to_vec();
-        let put_back = match (&mut *original, &self.detour) {
+    /// Puts what the kprobe took out of the text where its breakpoint or its jump is.
+    fn put_back(&self, code: &mut [u8]) {
+        match (code, &self.detour) {
             // It goes on in the detour where there is one already
             // (`setup_detour_execution()`).
-            ([first @ INT3, ..], detour) => {
-                *first = self.opcode;
-                let stands_for =
-                    |detour: &Detour| detour.stands_for(view, owners, self.at, &original);
-                self.moved.stands_for(view, owners, self.at, &original)
-                    && detour.as_ref().is_none_or(stands_for)
-            }
+            ([first @ INT3, ..], _) => *first = self.opcode,
             ([first @ JUMP, a, b, c, d, ..], Some(detour)) => {
-                let leads = jump(self.at.0, code);
                 *first = self.opcode;
                 [*a, *b, *c, *d] = detour.kept;
-                leads.is_some_and(|jump| jump.target == detour.to.0)
-                    && detour.stands_for(view, owners, self.at, &original)
             }
-            _ => false,
-        };
-        if put_back {
-            for (now, was) in code.iter_mut().zip(original) {
-                *now = was;
-            }
+            _ => {}
         }
+    }
+
+    /// What the kprobe took out of the kernel's text, where that is all that it did: put
+    /// a breakpoint there, or a jump to its own code. `whole` is the text as it was.
+    fn original(
+        &self,
+        view: &View<'_>,
+        owners: &Owners,
+        text: &[u8],
+        distance: usize,
+        whole: &[u8],
+    ) -> Option<Vec<u8>> {
+        let now = text.get(distance..)?;
+        let stands_for = |detour: &Detour| detour.stands_for(view, owners, self.at, whole);
+        let (is_right, length) = match (now.first()?, &self.detour) {
+            (&INT3, detour) => {
+                let moved = self.moved.stands_for(view, owners, self.at, whole);
+                (moved && detour.as_ref().is_none_or(stands_for), 1)
+            }
+            (&JUMP, Some(detour)) => {
+                let leads = jump(self.at.0, now).is_some_and(|jump| jump.target == detour.to.0);
+                (leads && stands_for(detour), 5)
+            }
+            _ => (false, 0),
+        };
+        is_right.then(|| whole.iter().take(length).copied().collect())
     }
 }
 

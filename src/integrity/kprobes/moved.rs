@@ -15,11 +15,10 @@
 //! it has to be what the kernel would have made of the instructions.
 //!
 //! Which of the two runs, the kernel decides by a bit of its own (`ainsn.boostable`), so
-//! both have to be right. Where the instruction begins and how long it is, the guest
-//! says: no decoder is here that would know it better. A shorter one than it is runs the
-//! rest of its bytes as an instruction.
+//! both have to be right. How long the instruction is, its bytes say ([`lengths`]): a
+//! shorter one than it is would run the rest of them as another.
 
-use super::{INT3, JUMP, WHAT};
+use super::{lengths, INT3, JUMP, WHAT};
 use crate::integrity::owner::{Owner, Owners, KPROBE};
 use crate::integrity::text::{fill, jump, CALL};
 use crate::integrity::view::{Obstacle, View};
@@ -109,6 +108,7 @@ impl Moved {
             None => self.emulate.0 == 0,
         };
         let size = usize::from(self.size);
+        let whole = original;
         let parts = self
             .code
             .as_ref()
@@ -121,7 +121,7 @@ impl Moved {
             _ => jumps(self.copy.wrapping_add(size as u64), behind, at, size as u64),
         };
         is_right
-            && size != 0
+            && lengths::is_one(whole, size)
             && goes_on
             && is_copy(copy, original, self.copy.wrapping_sub(at))
             && owners.owner(view, self.copy) == Owner::Made(KPROBE.to_owned())
@@ -268,7 +268,8 @@ impl Detour {
         let entry = view.address("optprobe_template_entry")?;
         let within = |name| Ok::<_, Obstacle>(view.address(name)?.wrapping_sub(entry));
         let length = within("optprobe_template_end")?;
-        if length > MAX_TEMPLATE || !JUMPED.contains(&self.size) {
+        let jumped = JUMPED.contains(&self.size) && lengths::ends(original, self.size as usize);
+        if length > MAX_TEMPLATE || !jumped {
             return Ok(false);
         }
         let read = |from, length: u64| view.bytes(from, length as usize, WHAT);

@@ -611,9 +611,7 @@ fn what_runs_in_place_of_a_probed_instruction_does_the_same() {
         assert!(!restored(&guest), "{other:x?}");
     }
     // Of another size, or another instruction, or none.
-    moved(&guest, &[0x55, 1], &[0xcc]);
-    assert!(restored(&guest));
-    for other in [&[0x54][..], &[], &[0x55, 2], &[0x55; 16]] {
+    for other in [&[0x54][..], &[], &[0x55, 1], &[0x55, 2], &[0x55; 16]] {
         moved(&guest, other, &[0xcc]);
         assert!(!restored(&guest), "{other:x?}");
     }
@@ -652,6 +650,36 @@ fn what_runs_in_place_of_a_probed_instruction_does_the_same() {
     }
 }
 
+/// A byte in the middle of an instruction that was made a breakpoint is none of a
+/// kprobe's, whatever the kprobe has for it.
+#[test]
+fn a_kprobe_is_where_an_instruction_begins() {
+    let (guest, _) = probed();
+    let place = |before: [u8; 2]| {
+        let mut text = [0x90; 0x1000];
+        text[0x7fe..0x806].copy_from_slice(&[before[0], before[1], 0xcc, 1, 2, 3, 4, 5]);
+        guest.check(|view, owners, _| Probes::of(view).restore(view, owners, &mut text));
+        text[0x800]
+    };
+    assert_eq!(place([0x90, 0x90]), 0x55);
+    // In a call, behind `xor %eax, %eax`, and behind what is no instruction.
+    assert_eq!(place([0x90, 0xe8]), 0xcc);
+    assert_eq!(place([0x31, 0xc0]), 0x55);
+    assert_eq!(place([0x06, 0x90]), 0xcc);
+    // Another kprobe took out an instruction that is longer than its breakpoint.
+    let other = HEAP + 0x3800;
+    for word in (0..256).step_by(8) {
+        guest.put(other + word, 0);
+    }
+    for (at, value) in [(16, other + 16), (32, TEXT + 0x7fe), (56, 0x31)] {
+        guest.put(other + at, value);
+    }
+    guest.put(DATA + 8 * 62, other);
+    assert_eq!(place([0xcc, 0xc0]), 0x55);
+    guest.put(other + 56, 0xe8);
+    assert_eq!(place([0xcc, 0xc0]), 0xcc);
+}
+
 #[test]
 fn a_jump_is_a_kprobes_only_if_it_leads_to_what_was_made_for_it() {
     let (mut guest, _) = probed();
@@ -668,12 +696,13 @@ fn a_jump_is_a_kprobes_only_if_it_leads_to_what_was_made_for_it() {
     }
     guest.bytes(template, &[0x90; 24]);
     guest.put(PROBE + 64, 4);
-    guest.bytes(PROBE + 200, &[1, 2, 3, 4]);
+    // An instruction of one byte, one of three, and one of two.
+    guest.bytes(PROBE + 200, &[0x48, 0x01, 0xd0, 0x31]);
     guest.put(PROBE + 208, SLOT);
     guest.put(PROBE + 216, 6);
-    let (at, restored) = (TEXT + 0x800, [0x55, 1, 2, 3, 4, 5]);
+    let (at, restored) = (TEXT + 0x800, [0x55, 0x48, 0x01, 0xd0, 0x31, 0xc0]);
     let jump_to = |to| {
-        let mut code = [5; 6];
+        let mut code = [0xc0; 6];
         code[..5].copy_from_slice(&branch(0xe9, at, to));
         code
     };
@@ -708,7 +737,8 @@ fn a_jump_is_a_kprobes_only_if_it_leads_to_what_was_made_for_it() {
     assert_eq!(compared(&guest, jump), restored);
     // Of other instructions, of too many, and in nobody's memory.
     for (place, wrong, right) in [
-        (PROBE + 200, 0x0403_0200, 0x0403_0201),
+        (PROBE + 200, 0x31d0_0149, 0x31d0_0148),
+        (PROBE + 216, 5, 6),
         (PROBE + 216, 20, 6),
         (PROBE + 216, u64::MAX, 6),
         (SLOTS + 16, SLOT + 0x1000, SLOT),
