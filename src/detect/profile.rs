@@ -155,6 +155,10 @@ pub struct Profile<'n> {
     pub skipped: Skipped,
     /// Calls looked at.
     pub calls: u64,
+    /// Code in the module area that was called, or called.
+    pub in_modules: u64,
+    /// Of that, what the guest's list of modules does not tell of.
+    pub not_told: u64,
     pub(crate) limits: ProfileLimits,
     pub(crate) edges: usize,
     pub(crate) sequences: usize,
@@ -187,6 +191,8 @@ impl<'n> Profile<'n> {
             silences: Vec::new(),
             skipped: Skipped::default(),
             calls: 0,
+            in_modules: 0,
+            not_told: 0,
             limits,
             edges: 0,
             sequences: 0,

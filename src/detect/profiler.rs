@@ -262,9 +262,14 @@ impl<'n> Profiler<'n> {
 
     /// Whether code lies in the module area, in no module that the guest listed
     /// at the time.
-    fn is_unlisted(&self, event: &Event<'n>, place: &Place<'n>) -> bool {
-        let listed = || self.modules.listed(event.boot, place.address, event.time);
-        place.name.kind == Kind::Module && listed() == Some(false)
+    fn is_unlisted(&mut self, event: &Event<'n>, place: &Place<'n>) -> bool {
+        if place.name.kind != Kind::Module {
+            return false;
+        }
+        let listed = self.modules.listed(event.boot, place.address, event.time);
+        self.profile.in_modules += 1;
+        self.profile.not_told += u64::from(listed.is_none());
+        listed == Some(false)
     }
 
     /// Follows the system calls of each task.

@@ -5,9 +5,9 @@ use serde::{Deserialize, Serialize};
 use super::baseline::Baseline;
 use super::finding::Finding;
 use super::judge::judge;
-use super::profile::{ProfileLimits, Skipped};
+use super::profile::{Profile, ProfileLimits, Skipped};
 use super::rules::{Rule, Severity};
-use super::{profile_of, MIN_SESSIONS};
+use super::{profile_of, MIN_CALLS, MIN_SESSIONS};
 use crate::callflow::{Kernels, Tally};
 use crate::session::{FindingKind, Meta, Mode, Session, SessionError, State};
 
@@ -128,7 +128,7 @@ pub fn check(
     findings.extend(caught(session, &tally)?);
     findings.sort_by_key(|finding| std::cmp::Reverse(finding.severity));
 
-    let not_judged = not_judged(session, &mut doubts)?;
+    let not_judged = not_judged(session, &profile, &mut doubts, &mut remarks)?;
     let lost = tally.lost_records.total().max(unread(session));
     if tally.calls == 0 {
         doubts.push("the session has no calls; a trace of nothing proves nothing".to_owned());
@@ -196,10 +196,23 @@ pub fn check(
 }
 
 /// The rules that the session's records cannot be judged by.
-fn not_judged(session: &Session, doubts: &mut Vec<String>) -> Result<Vec<Rule>, SessionError> {
+fn not_judged(
+    session: &Session,
+    profile: &Profile<'_>,
+    doubts: &mut Vec<String>,
+    remarks: &mut Vec<String>,
+) -> Result<Vec<Rule>, SessionError> {
     let mut rules = Vec::new();
+    let (all, not_told) = (profile.in_modules, profile.not_told);
     if session.modules()?.is_empty() {
         rules.push(Rule::UnlistedModule);
+    } else if all >= MIN_CALLS && not_told > all / 2 {
+        rules.push(Rule::UnlistedModule);
+        remarks.push(format!(
+            "of code in the module area, called or calling {all} times, the guest's list of \
+             modules tells nothing {not_told} times: it changed around then, which somebody may \
+             see to who is not on it"
+        ));
     }
     if session.meta.mode == Mode::Keyed {
         return Ok(rules);

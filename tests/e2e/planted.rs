@@ -20,6 +20,8 @@ use crate::traced::Traced;
 
 /// Longer than anything here takes on a busy machine.
 const SOON: Duration = Duration::from_secs(60);
+/// It goes over all of the guest's memory.
+const PLANTED: Duration = Duration::from_secs(240);
 /// As many false kernels at least pass all checks.
 const WHOLE: u64 = 5;
 const READS: u64 = 1_000;
@@ -30,7 +32,7 @@ impl Traced {
     /// Fills the guest's memory. It is false kernels until the job is killed.
     fn plant(&self, arguments: &str) -> Job {
         let mut job = self.spawn(&format!("exec plant {arguments}")).unwrap();
-        let said = job.line(SOON).unwrap().unwrap_or_default();
+        let said = job.line(PLANTED).unwrap().unwrap_or_default();
         println!("{said}");
         let words: Vec<&str> = said.split(' ').collect();
         let ["whole", whole, "banners", banners, "other", other] = words[..] else {

@@ -3,12 +3,13 @@
 use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
 use crate::cli::args::CheckArgs;
 use crate::cli::image::Image as Saved;
+use crate::cli::out;
 use crate::config::Config;
 use crate::detect::Conclusion;
 use crate::helper::{attach, find_living, trusted};
@@ -25,6 +26,15 @@ pub(super) const NO_IMAGE: &str =
 
 /// How long a kernel has to show that it lives.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long a kernel is believed that it is starting, as the helper believes it, and how
+/// often it is asked.
+const STARTING: Duration = Duration::from_secs(120);
+const ASK: Duration = Duration::from_millis(500);
+/// What there is to say of what is found then.
+const NOT_STARTED: &str =
+    "the guest's kernel says that it has not started: a kernel that starts patches itself, and \
+     what is found may be no more than that; one that has run for minutes and says so is lying";
 
 /// What came of it.
 #[derive(Debug, Serialize)]
@@ -121,6 +131,11 @@ fn look(
     let Some(trusted) = trusted(&config.paths.symbols, named, kernel, symbols)? else {
         return Ok(None);
     };
+    let patience = if live { STARTING } else { Duration::ZERO };
+    let is_starting = !starts(
+        || integrity::has_started(ram, kernel, symbols, &trusted),
+        patience,
+    );
     let report = if live {
         let mut wait = |time| {
             std::thread::sleep(time);
@@ -130,7 +145,34 @@ fn look(
     } else {
         Some(integrity::check(ram, kernel, symbols, &trusted)?)
     };
-    Ok(report.map(|report| Memory::of(kernel, report)))
+    let note = |mut report: Report| {
+        if is_starting {
+            report.notes.insert(0, NOT_STARTED.to_owned());
+        }
+        report
+    };
+    Ok(report.map(|report| Memory::of(kernel, note(report))))
+}
+
+/// Waits until a kernel has started that says that it has not yet. It is the guest's
+/// word: who controls it may say so for ever.
+fn starts(has_started: impl Fn() -> bool, patience: Duration) -> bool {
+    let since = Instant::now();
+    let mut told = false;
+    while !has_started() {
+        if since.elapsed() >= patience {
+            return false;
+        }
+        if !told {
+            told = true;
+            out::message(&format!(
+                "the guest's kernel says that it is still starting: waiting for it, for {} at most",
+                humantime::format_duration(patience)
+            ));
+        }
+        std::thread::sleep(ASK.min(patience));
+    }
+    true
 }
 
 /// How many notes are listed for people.
@@ -219,6 +261,26 @@ pub(super) fn full() -> Memory {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_kernel_that_starts_is_waited_for_and_not_for_ever() {
+        let asked = std::cell::Cell::new(0);
+        let from = |number: u32| {
+            asked.set(0);
+            let asked = &asked;
+            move || {
+                asked.set(asked.get() + 1);
+                asked.get() >= number
+            }
+        };
+        let short = Duration::from_millis(20);
+        assert!(starts(from(1), Duration::ZERO));
+        assert!(starts(from(3), Duration::from_secs(60)));
+        assert!(!starts(from(1000), short));
+        // An image does not go on.
+        assert!(!starts(from(2), Duration::ZERO));
+        assert_eq!(asked.get(), 1);
+    }
 
     #[test]
     fn nothing_listed_is_clean_only_where_all_was_looked_at_and_all_is_listed() {

@@ -210,6 +210,28 @@ fn a_baseline_of_another_kernel_tells_nothing() {
 }
 
 #[test]
+fn a_list_that_never_stands_still_tells_nothing() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let session = session(dir.path(), &[]);
+    let look = "{\"boot\":1,\"since\":5,\"modules\":[]}\n";
+    std::fs::write(session.dir().join(MODULES_FILE), look).expect("written");
+    for (in_modules, not_told, is_judged) in [
+        (MIN_CALLS, MIN_CALLS / 2, true),
+        (MIN_CALLS, MIN_CALLS / 2 + 1, false),
+        (MIN_CALLS - 1, MIN_CALLS - 1, true),
+        (0, 0, true),
+    ] {
+        let mut profile = Profile::new(ProfileLimits::default());
+        (profile.in_modules, profile.not_told) = (in_modules, not_told);
+        let mut remarks = Vec::new();
+        let rules = not_judged(&session, &profile, &mut Vec::new(), &mut remarks);
+        let rules = rules.expect("rules");
+        assert_eq!(rules.is_empty(), is_judged, "{in_modules} {not_told}");
+        assert_eq!(remarks.is_empty(), is_judged, "{remarks:?}");
+    }
+}
+
+#[test]
 fn plain_records_prove_nothing_and_the_rules_that_need_more_are_named() {
     let dir = tempfile::tempdir().expect("a directory");
     let mut session = session(dir.path(), &[]);

@@ -87,7 +87,7 @@ fn what_an_fprobe_calls_is_looked_at() {
     let (fprobe, rethook) = (OPS - 8, HEAP + 0x700);
     let handler = guest.function("fprobe_exit_handler");
     guest.put(fprobe + 0x90, rethook);
-    let mut returns = |data: u64, handler: u64| {
+    let returns = |data: u64, handler: u64| {
         guest.put(rethook, data);
         guest.put(rethook + 8, handler);
         let report = look(&guest);
@@ -347,7 +347,7 @@ fn a_trampoline_is_as_the_kernel_makes_them() {
             code.extend(OPS.to_le_bytes());
             guest.put(OPS + 32, start);
             guest.put(OPS + 40, length);
-            let mut is_right = |code: &[u8]| {
+            let is_right = |code: &[u8]| {
                 guest.bytes(start, code);
                 let report = look(&guest);
                 assert_eq!(doubt(&report), None, "{at:x} {code:x?}");

@@ -253,6 +253,28 @@ fn code_that_the_guest_does_not_list_is_found_as_that() {
     assert_eq!(by(&judged(&[], None), Rule::UnlistedModule).len(), 2);
 }
 
+/// Who changes the list all the time keeps it from telling anything.
+#[test]
+fn it_is_counted_where_the_list_tells_nothing() {
+    let around = [(IN_MODULE.0 - 0x100, IN_MODULE.0 + 0x100)];
+    let told = |profile: &Profile<'_>| (profile.in_modules, profile.not_told);
+    // Each of two is called, or calls, and one of them calls what it is called by.
+    let all = 2;
+    for code in [&around[..], &[]] {
+        assert_eq!(told(&with_list(&hooked(), code)), (all, 0));
+    }
+    let profile = profile_with(
+        Profiler::new(ProfileLimits::default()),
+        readable(&hooked()),
+        &Table,
+        &[0, 1],
+    );
+    assert_eq!(
+        told(&profile.unwrap_or_else(|never| match never {}).0),
+        (all, all)
+    );
+}
+
 #[test]
 fn a_learnt_module_is_no_leave_for_code_that_is_not_listed() {
     let around = [(IN_MODULE.0 - 0x100, IN_MODULE.0 + 0x100)];
