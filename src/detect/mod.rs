@@ -42,7 +42,7 @@ pub use baseline::{
 };
 pub use finding::{Evidence, Finding, Mark, PathStep};
 pub use judge::judge;
-pub use profile::{Profile, ProfileLimits, Skipped};
+pub use profile::{InModules, Profile, ProfileLimits, Skipped};
 pub use profiler::Profiler;
 pub use rules::{Rule, Severity};
 pub use verdict::{check, Conclusion, Verdict};

@@ -6,8 +6,10 @@ use std::hash::Hash;
 
 use super::histogram::Histogram;
 use super::site::{Label, Labels, Site};
+use super::MIN_CALLS;
 use crate::callflow::Place;
 use crate::ring::record::{Comm, Task};
+use crate::session::ListTells;
 
 /// What a [`Profile`] may keep. A guest's own kernel has a few thousand
 /// functions under a few roots; a hostile one has what these numbers allow,
@@ -155,13 +157,39 @@ pub struct Profile<'n> {
     pub skipped: Skipped,
     /// Calls looked at.
     pub calls: u64,
-    /// Code in the module area that was called, or called.
-    pub in_modules: u64,
-    /// Of that, what the guest's list of modules does not tell of.
-    pub not_told: u64,
+    /// How far the guest's list of modules tells of code in the module area.
+    pub in_modules: InModules,
     pub(crate) limits: ProfileLimits,
     pub(crate) edges: usize,
     pub(crate) sequences: usize,
+}
+
+/// Code in the module area that was called, or called, but for that of modules that set
+/// themselves up: how far the guest's list of modules tells of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct InModules {
+    /// How often.
+    pub all: u64,
+    /// Of that, how often at a time when the list told only of what was on it: it changed
+    /// around then, or nobody looked.
+    pub in_doubt: u64,
+    /// Of that, how often the code was on no list.
+    pub not_told: u64,
+}
+
+impl InModules {
+    pub(super) fn add(&mut self, told: ListTells) {
+        self.all += 1;
+        self.in_doubt += u64::from(!told.of_all);
+        self.not_told += u64::from(told.listed.is_none());
+    }
+
+    /// Whether the list told too little for `unlisted-module` to be judged. It goes by the
+    /// times at which modules did anything, those too that are listed: they are always told
+    /// of, do most of what modules do, and would outweigh what hides.
+    pub fn tell_little(&self) -> bool {
+        self.all >= MIN_CALLS && self.in_doubt > self.all / 2 && self.not_told > 0
+    }
 }
 
 /// What a profile leaves out, and why.
@@ -191,8 +219,7 @@ impl<'n> Profile<'n> {
             silences: Vec::new(),
             skipped: Skipped::default(),
             calls: 0,
-            in_modules: 0,
-            not_told: 0,
+            in_modules: InModules::default(),
             limits,
             edges: 0,
             sequences: 0,

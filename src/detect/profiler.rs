@@ -7,7 +7,7 @@ use super::silences::Silences;
 use super::site::{is_system_call, loads_modules, Label, Site};
 use crate::callflow::{Closed, Event, Fit, Happening, Kind, Opened, Place, Spent};
 use crate::ring::record::{Comm, Task};
-use crate::session::ModuleHistory;
+use crate::session::{ListTells, ModuleHistory};
 
 /// Takes the events of a call flow, one at a time.
 ///
@@ -171,9 +171,11 @@ impl<'n> Profiler<'n> {
         }
         self.profile.calls += 1;
         let of_name = self.profile.labels.of(&call.func);
-        let unlisted = self.is_unlisted(event, &call.func);
+        let of_func = self.in_module(event, &call.func);
+        let unlisted = is_unlisted(of_func);
         let caller = told(call);
-        let site = caller.map(|caller| match self.is_unlisted(event, &caller) {
+        let of_caller = caller.and_then(|caller| self.in_module(event, &caller));
+        let site = caller.map(|caller| match is_unlisted(of_caller) {
             true => Site::Unlisted,
             false => Site::of(&caller),
         });
@@ -186,6 +188,10 @@ impl<'n> Profiler<'n> {
             Some(around) => around.loading || around.losses != self.losses,
             None => call.depth > 0,
         };
+        if !loading {
+            let asked = [of_func, of_caller].into_iter().flatten();
+            asked.for_each(|told| self.profile.in_modules.add(told));
+        }
         let label = match of_name {
             Label::MODULE if loading => Label::LOADING,
             _ if unlisted && loading => Label::LOADING,
@@ -260,16 +266,11 @@ impl<'n> Profiler<'n> {
         }
     }
 
-    /// Whether code lies in the module area, in no module that the guest listed
-    /// at the time.
-    fn is_unlisted(&mut self, event: &Event<'n>, place: &Place<'n>) -> bool {
-        if place.name.kind != Kind::Module {
-            return false;
-        }
-        let listed = self.modules.listed(event.boot, place.address, event.time);
-        self.profile.in_modules += 1;
-        self.profile.not_told += u64::from(listed.is_none());
-        listed == Some(false)
+    /// What the guest's list of modules tells of code; `None` where it does not lie in
+    /// the module area.
+    fn in_module(&self, event: &Event<'n>, place: &Place<'n>) -> Option<ListTells> {
+        let tells = || self.modules.tells(event.boot, place.address, event.time);
+        (place.name.kind == Kind::Module).then(tells)
     }
 
     /// Follows the system calls of each task.
@@ -430,6 +431,12 @@ impl<'n> Profile<'n> {
         }
         self.skipped.no_room += u64::from(!room);
     }
+}
+
+/// Whether code lies in the module area, in no module that the guest listed at the
+/// time.
+fn is_unlisted(told: Option<ListTells>) -> bool {
+    told.is_some_and(|told| told.listed == Some(false))
 }
 
 /// Where a call was made from, if its record tells. One with a key always does:

@@ -5,9 +5,9 @@ use serde::{Deserialize, Serialize};
 use super::baseline::Baseline;
 use super::finding::Finding;
 use super::judge::judge;
-use super::profile::{Profile, ProfileLimits, Skipped};
+use super::profile::{InModules, Profile, ProfileLimits, Skipped};
 use super::rules::{Rule, Severity};
-use super::{profile_of, MIN_CALLS, MIN_SESSIONS};
+use super::{profile_of, MIN_SESSIONS};
 use crate::callflow::{Kernels, Tally};
 use crate::session::{FindingKind, Meta, Mode, Session, SessionError, State};
 
@@ -203,15 +203,20 @@ fn not_judged(
     remarks: &mut Vec<String>,
 ) -> Result<Vec<Rule>, SessionError> {
     let mut rules = Vec::new();
-    let (all, not_told) = (profile.in_modules, profile.not_told);
+    let InModules {
+        all,
+        in_doubt,
+        not_told,
+    } = profile.in_modules;
     if session.modules()?.is_empty() {
         rules.push(Rule::UnlistedModule);
-    } else if all >= MIN_CALLS && not_told > all / 2 {
+    } else if profile.in_modules.tell_little() {
         rules.push(Rule::UnlistedModule);
         remarks.push(format!(
-            "of code in the module area, called or calling {all} times, the guest's list of \
-             modules tells nothing {not_told} times: it changed around then, which somebody may \
-             see to who is not on it"
+            "of {all} times that code in the module area was called, or called, {in_doubt} lie \
+             around changes of the guest's list of modules, or where nobody looked at it, and \
+             {not_told} of these were of code that is on no list: whoever changes it all the time \
+             may have something to hide"
         ));
     }
     if session.meta.mode == Mode::Keyed {

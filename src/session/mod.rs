@@ -42,8 +42,8 @@ pub use meta::{
     SwitchChange, META_FILE,
 };
 pub use modules::{
-    GuestName, Listed, ModuleHistory, ModuleLook, ModuleNames, ModuleSymbols, ModulesReader,
-    UNSURE_NS,
+    GuestName, ListTells, Listed, ModuleHistory, ModuleLook, ModuleNames, ModuleSymbols,
+    ModulesReader, UNSURE_NS,
 };
 pub use place::{domain_dir, list, new_dir};
 pub use read::{is_module_address, GuestCode, Items, Session};

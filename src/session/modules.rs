@@ -109,6 +109,15 @@ impl ModuleLook {
     }
 }
 
+/// What the lists tell of code at a runtime address, at a time of the guest's clock.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ListTells {
+    /// Whether it was a listed module's; `None` where that cannot be told.
+    pub listed: Option<bool>,
+    /// Whether it is told of any code then: the list stood still around that time.
+    pub of_all: bool,
+}
+
 /// The lists of a session, in their order.
 #[derive(Clone, Debug, Default)]
 pub struct ModuleHistory(BTreeMap<u32, Vec<ModuleLook>>);
@@ -131,29 +140,27 @@ impl ModuleHistory {
         !looks.any(|look| look.modules.is_some())
     }
 
-    /// Whether code at a runtime address was a listed module's at that time of the
-    /// guest's clock; `None` where that cannot be told.
-    pub fn listed(&self, boot: u32, at: Gva, time: u64) -> Option<bool> {
-        let looks = self.0.get(&boot)?;
-        let (from, to) = (
-            time.saturating_sub(UNSURE_NS),
-            time.saturating_add(UNSURE_NS),
-        );
-        // The one that held at the beginning, and all that came until the end.
+    /// What is told of code at a runtime address, at that time of the guest's clock.
+    pub fn tells(&self, boot: u32, at: Gva, time: u64) -> ListTells {
+        let from = time.saturating_sub(UNSURE_NS);
+        let held = self.held(boot, from, time.saturating_add(UNSURE_NS));
+        let of_all = matches!(held, [only] if only.since <= from && only.modules.is_some());
+        let has = |look: &ModuleLook| look.modules.iter().flatten().any(|module| module.has(at));
+        let listed = match held.iter().any(has) {
+            true => Some(true),
+            false => of_all.then_some(false),
+        };
+        ListTells { listed, of_all }
+    }
+
+    /// The look that held at the beginning of a time, and all that came until its end;
+    /// none where these are too many to go through.
+    fn held(&self, boot: u32, from: u64, to: u64) -> &[ModuleLook] {
+        let looks = self.0.get(&boot).map_or(&[][..], Vec::as_slice);
         let first = looks.partition_point(|look| look.since <= from);
         let end = looks.partition_point(|look| look.after() <= to);
-        let held = looks.get(first.saturating_sub(1)..end)?;
-        if held.len() > MOST_LOOKS {
-            return None;
-        }
-        let has = |look: &ModuleLook| look.modules.iter().flatten().any(|module| module.has(at));
-        if held.iter().any(has) {
-            return Some(true);
-        }
-        match held {
-            [only] if only.since <= from => only.modules.as_ref().map(|_| false),
-            _ => None,
-        }
+        let held = looks.get(first.saturating_sub(1)..end);
+        held.filter(|held| held.len() <= MOST_LOOKS).unwrap_or(&[])
     }
 
     /// Those of the session in this directory. A last line that is not finished is
@@ -201,7 +208,7 @@ mod tests {
         history.push(look(20, Some(&[("ext4", EXT4), ("other", OTHER)])));
         history.push(look(30, Some(&[("ext4", EXT4)])));
         history.push(look(40, None));
-        let listed = |at, second: u64| history.listed(1, Gva(at), second * SECOND);
+        let listed = |at, second: u64| history.tells(1, Gva(at), second * SECOND).listed;
         for (second, ext4, other) in [
             // Before the first look nothing is known of what is not on it.
             (5, None, None),
@@ -218,13 +225,21 @@ mod tests {
             let told = (listed(EXT4, second), listed(OTHER, second));
             assert_eq!(told, (ext4, other), "after {second} s");
         }
+        // What is listed is told of all the while, and yet nothing of what is not.
+        for (second, of_all) in [(5, false), (15, true), (20, false), (25, true), (45, false)] {
+            let told = history.tells(1, Gva(EXT4), second * SECOND);
+            assert_eq!(told.of_all, of_all, "after {second} s");
+        }
         // What starts is on no list, and gone when the list has changed.
         let init = OTHER + 0x5000;
         assert_eq!(listed(init, 18), Some(false));
         assert_eq!(listed(init, 19), None);
         assert_eq!(listed(init, 20), None);
         assert_eq!(listed(init, 22), Some(false));
-        assert_eq!(history.listed(2, Gva(EXT4), 15 * SECOND), None);
+        assert_eq!(
+            history.tells(2, Gva(EXT4), 15 * SECOND),
+            ListTells::default()
+        );
     }
 
     #[test]
@@ -242,7 +257,7 @@ mod tests {
             (25, Some(true), None),
             (26, Some(true), Some(false)),
         ] {
-            let listed = |at| history.listed(1, Gva(at), second * SECOND);
+            let listed = |at| history.tells(1, Gva(at), second * SECOND).listed;
             let told = (listed(EXT4), listed(OTHER));
             assert_eq!(told, (ext4, other), "after {second} s");
         }
@@ -251,11 +266,12 @@ mod tests {
     #[test]
     fn a_clock_that_stands_still_makes_no_work() {
         let mut history = ModuleHistory::default();
-        let listed = |history: &ModuleHistory| history.listed(1, Gva(EXT4), 20 * SECOND);
+        let listed = |history: &ModuleHistory| history.tells(1, Gva(EXT4), 20 * SECOND).listed;
         for _ in 0..MOST_LOOKS {
             history.push(look(20, Some(&[("ext4", EXT4)])));
         }
         assert_eq!(listed(&history), Some(true));
+        assert!(!history.tells(1, Gva(EXT4), 20 * SECOND).of_all);
         history.push(look(20, Some(&[("ext4", EXT4)])));
         assert_eq!(listed(&history), None);
     }
@@ -283,8 +299,9 @@ mod tests {
         });
         history.push(odd);
         for time in [0, 15 * SECOND, 20 * SECOND, u64::MAX] {
-            history.listed(1, Gva(EXT4), time);
+            history.tells(1, Gva(EXT4), time);
         }
-        assert_eq!(history.listed(1, Gva(EXT4), 25 * SECOND), Some(false));
+        let told = history.tells(1, Gva(EXT4), 25 * SECOND).listed;
+        assert_eq!(told, Some(false));
     }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::*;
-use crate::detect::{Evidence, LearnError, Learnt, Mark, PathStep};
+use crate::detect::{Evidence, LearnError, Learnt, Mark, PathStep, MIN_CALLS};
 use crate::kernel::control::RecordTypes;
 use crate::kernel::Symbols;
 use crate::keys::Tamper;
@@ -215,19 +215,27 @@ fn a_list_that_never_stands_still_tells_nothing() {
     let session = session(dir.path(), &[]);
     let look = "{\"boot\":1,\"since\":5,\"modules\":[]}\n";
     std::fs::write(session.dir().join(MODULES_FILE), look).expect("written");
-    for (in_modules, not_told, is_judged) in [
-        (MIN_CALLS, MIN_CALLS / 2, true),
-        (MIN_CALLS, MIN_CALLS / 2 + 1, false),
-        (MIN_CALLS - 1, MIN_CALLS - 1, true),
-        (0, 0, true),
+    let half = MIN_CALLS / 2;
+    for (all, in_doubt, not_told, is_judged) in [
+        (MIN_CALLS, half, half, true),
+        (MIN_CALLS, half + 1, 1, false),
+        // Nothing was there but what is listed.
+        (MIN_CALLS, MIN_CALLS, 0, true),
+        (MIN_CALLS - 1, MIN_CALLS - 1, MIN_CALLS - 1, true),
+        (0, 0, 0, true),
     ] {
         let mut profile = Profile::new(ProfileLimits::default());
-        (profile.in_modules, profile.not_told) = (in_modules, not_told);
+        profile.in_modules = InModules {
+            all,
+            in_doubt,
+            not_told,
+        };
         let mut remarks = Vec::new();
         let rules = not_judged(&session, &profile, &mut Vec::new(), &mut remarks);
         let rules = rules.expect("rules");
-        assert_eq!(rules.is_empty(), is_judged, "{in_modules} {not_told}");
+        assert_eq!(rules.is_empty(), is_judged, "{:?}", profile.in_modules);
         assert_eq!(remarks.is_empty(), is_judged, "{remarks:?}");
+        assert!(is_judged || rules == [Rule::UnlistedModule], "{rules:?}");
     }
 }
 

@@ -2,7 +2,7 @@
 //! of modules shows it.
 
 use xftrace::callflow::Names;
-use xftrace::detect::{profile_with, Profiler};
+use xftrace::detect::{profile_with, InModules, Profiler};
 use xftrace::ring::record::LostWhy;
 use xftrace::session::{Listed, ModuleHistory, ModuleLook, UNSURE_NS};
 
@@ -253,26 +253,105 @@ fn code_that_the_guest_does_not_list_is_found_as_that() {
     assert_eq!(by(&judged(&[], None), Rule::UnlistedModule).len(), 2);
 }
 
-/// Who changes the list all the time keeps it from telling anything.
+/// What the list told of code in the module area, where it was read like this.
+fn told(items: &[Item], looks: impl IntoIterator<Item = ModuleLook>) -> InModules {
+    let mut profiler = Profiler::new(ProfileLimits::default());
+    for look in looks {
+        profiler.modules().push(look);
+    }
+    let all = profile_with(profiler, readable(items), &Table, &[0, 1]);
+    let (profile, _) = all.unwrap_or_else(|never| match never {});
+    profile.in_modules
+}
+
+/// The list with one module, or with a second one beside it.
+fn list(since: u64, is_longer: bool) -> ModuleLook {
+    let listed = |at: u64, load| Listed {
+        name: "ext4".to_owned(),
+        code: vec![(at - 0x100, at + 0x100)],
+        load,
+    };
+    let mut modules = vec![listed(IN_MODULE.0, 1)];
+    if is_longer {
+        modules.push(listed(IN_MODULE.0 + 0x10_0000, 2));
+    }
+    ModuleLook {
+        boot: 1,
+        since,
+        unseen_since: None,
+        modules: Some(modules),
+    }
+}
+
+/// Reads, each a tenth of a second after the one before. In each a module that is listed
+/// makes so many calls, and code that hides one.
+fn reads(often: u64, calls: usize, hidden: bool) -> Vec<Item> {
+    const STEP: u64 = UNSURE_NS / 10;
+    let mut items = guest(often, |story, _| {
+        read_with(story, |story| {
+            for _ in 0..calls {
+                story.call_from("getname", IN_MODULE).ret();
+            }
+            if hidden {
+                let hidden = Gva(IN_MODULE.0 + 0x5000);
+                story.call_from("getname", hidden).ret();
+            }
+        });
+    });
+    let each = items.len() as u64 / often;
+    for (number, item) in (0..).zip(&mut items) {
+        item.time += 2 * UNSURE_NS + number / each * STEP;
+    }
+    items
+}
+
 #[test]
 fn it_is_counted_where_the_list_tells_nothing() {
-    let around = [(IN_MODULE.0 - 0x100, IN_MODULE.0 + 0x100)];
-    let told = |profile: &Profile<'_>| (profile.in_modules, profile.not_told);
+    let counts = |all, in_doubt, not_told| InModules {
+        all,
+        in_doubt,
+        not_told,
+    };
     // Each of two is called, or calls, and one of them calls what it is called by.
-    let all = 2;
-    for code in [&around[..], &[]] {
-        assert_eq!(told(&with_list(&hooked(), code)), (all, 0));
+    assert_eq!(told(&hooked(), []), counts(2, 2, 2));
+    for code in [&[(IN_MODULE.0 - 0x100, IN_MODULE.0 + 0x100)][..], &[]] {
+        assert_eq!(with_list(&hooked(), code).in_modules, counts(2, 0, 0));
     }
-    let profile = profile_with(
-        Profiler::new(ProfileLimits::default()),
-        readable(&hooked()),
-        &Table,
-        &[0, 1],
-    );
-    assert_eq!(
-        told(&profile.unwrap_or_else(|never| match never {}).0),
-        (all, all)
-    );
+    // Code that a list shows is told of also while that changes.
+    let around = [list(0, false), list(UNSURE_NS / 2, true)];
+    assert_eq!(told(&hooked(), around), counts(2, 2, 0));
+    // What loads is excused, whatever is told of it.
+    assert_eq!(told(&loads(5), []), counts(0, 0, 0));
+}
+
+/// Who changes the list all the time keeps it from telling anything, however much the
+/// modules do that are on it.
+#[test]
+fn a_list_that_always_changes_tells_little_and_one_that_does_now_and_then_enough() {
+    let changes = |every: u64| {
+        let times = (0..20).map(move |number| number * every);
+        times.enumerate().map(|(n, since)| list(since, n % 2 == 1))
+    };
+    let seconds = 10;
+    let often = 10 * seconds;
+    for calls in [1, 9] {
+        let hidden = reads(often, calls, true);
+        let all = often * (calls as u64 + 1);
+        let of = told(&hidden, changes(UNSURE_NS));
+        let counts = InModules {
+            all,
+            in_doubt: all,
+            not_told: often,
+        };
+        assert_eq!(of, counts, "{calls}");
+        assert!(of.tell_little(), "{of:?}");
+        let of = told(&hidden, changes(6 * UNSURE_NS));
+        assert!(of.not_told > 0 && !of.tell_little(), "{of:?}");
+        assert!(!told(&hidden, changes(100 * UNSURE_NS)).tell_little());
+    }
+    // Nobody hides.
+    let of = told(&reads(often, 9, false), changes(UNSURE_NS));
+    assert!(of.in_doubt == of.all && !of.tell_little(), "{of:?}");
 }
 
 #[test]
