@@ -98,7 +98,7 @@ fn look(
     };
     match found {
         Ok(Some(found)) => {
-            checked.memory = Some(found);
+            checked.found(found);
             let lives = looked.as_ref().is_some_and(|looked| looked.lives);
             if !lives && doing(&config.paths.libvirt_run, domain) == Some(Doing::StandsStill) {
                 checked.remarks.push(PAUSED.to_owned());

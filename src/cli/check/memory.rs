@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use anyhow::Context as _;
 use serde::Serialize;
 
 use crate::cli::args::CheckArgs;
@@ -12,9 +13,10 @@ use crate::cli::image::Image as Saved;
 use crate::cli::out;
 use crate::config::Config;
 use crate::detect::Conclusion;
-use crate::helper::{attach, find_living, trusted};
+use crate::helper::{attach, find_living, trusted, Attached};
 use crate::integrity::{self, Finding, Report};
 use crate::kernel::{Kernel, Symbols};
+use crate::libvirt::live::{doing, Doing};
 use crate::libvirt::xml::DomainXml;
 use crate::ram::GuestRam;
 use crate::session::QemuProcess;
@@ -31,10 +33,14 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// often it is asked.
 const STARTING: Duration = Duration::from_secs(120);
 const ASK: Duration = Duration::from_millis(500);
-/// What there is to say of what is found then.
+/// What there is to say of one that cannot be waited for, and of one that was.
 const NOT_STARTED: &str =
-    "the guest's kernel says that it has not started: a kernel that starts patches itself, and \
-     what is found may be no more than that; one that has run for minutes and says so is lying";
+    "the guest's kernel says that it is still starting, and a kernel that starts patches itself: \
+     what is found may be no more than that; check again when it has started, and do not believe \
+     one that has run for minutes";
+const NEVER_STARTS: &str =
+    "the guest's kernel says that it is still starting, and was waited for in vain: it is not \
+     believed, and what is found counts; that nothing is found means nothing while it says so";
 
 /// What came of it.
 #[derive(Debug, Serialize)]
@@ -43,21 +49,27 @@ pub(super) struct Memory {
     kernel: String,
     #[serde(flatten)]
     report: Report,
+    /// Why all of it may mean nothing.
+    #[serde(skip)]
+    pub(super) doubt: Option<&'static str>,
 }
 
 impl Memory {
-    fn of(kernel: &Kernel, report: Report) -> Self {
+    fn of(kernel: &Kernel, report: Report, doubt: Option<&'static str>) -> Self {
         Self {
-            conclusion: conclude(&report),
+            conclusion: conclude(&report, doubt),
             kernel: kernel.banner.clone(),
             report,
+            doubt,
         }
     }
 }
 
-fn conclude(report: &Report) -> Conclusion {
+fn conclude(report: &Report, doubt: Option<&str>) -> Conclusion {
     // What is not listed may have been seen in one look only.
-    let doubtful = report.not_listed > 0 || report.outcomes.iter().any(|one| one.doubt.is_some());
+    let doubtful = doubt.is_some()
+        || report.not_listed > 0
+        || report.outcomes.iter().any(|one| one.doubt.is_some());
     match (report.findings.is_empty(), doubtful) {
         (false, _) => Conclusion::Findings,
         (true, true) => Conclusion::CouldNotTell,
@@ -84,28 +96,55 @@ pub(super) fn of_domain(
     domain: &DomainXml,
 ) -> anyhow::Result<Looked> {
     let attached = attach(domain, config)?;
-    let qemu = attached.qemu;
-    Ok(match find_living(domain, config, &attached, PATIENCE) {
-        Ok(living) => Looked {
-            qemu,
-            boot_id: living.boot_id,
-            lives: living.lives,
-            memory: look(
-                config,
-                args,
-                &*attached.ram,
-                &living.kernel,
-                &living.symbols,
-                true,
-            ),
-        },
-        Err(error) => Looked {
-            qemu,
-            boot_id: None,
-            lives: false,
-            memory: Err(error),
-        },
-    })
+    let until = Instant::now() + STARTING;
+    loop {
+        if let Some(looked) = of_attached(config, args, domain, &attached, until) {
+            return Ok(looked);
+        }
+    }
+}
+
+/// Looks at a running domain, whose kernel is waited for until then if it is starting.
+/// `None` if it has started meanwhile: it is to be found anew, since who starts may have
+/// been reset, and be at another place.
+fn of_attached(
+    config: &Config,
+    args: &CheckArgs,
+    domain: &DomainXml,
+    attached: &Attached,
+    until: Instant,
+) -> Option<Looked> {
+    let mut looked = Looked {
+        qemu: attached.qemu,
+        boot_id: None,
+        lives: false,
+        memory: Ok(None),
+    };
+    looked.memory = match find_living(domain, config, attached, PATIENCE) {
+        Ok(living) => {
+            looked.boot_id = living.boot_id;
+            looked.lives = living.lives;
+            let does = doing(&config.paths.libvirt_run, domain);
+            let patience = patience(living.lives, does, until);
+            let how = How::Runs { patience };
+            let (kernel, symbols) = (&living.kernel, &living.symbols);
+            match look(config, args, &*attached.ram, kernel, symbols, how) {
+                Ok(Look::Made(memory)) => Ok(Some(memory)),
+                Ok(Look::NoImage) => Ok(None),
+                Ok(Look::HasStarted) => return None,
+                Err(error) => Err(error),
+            }
+        }
+        Err(error) => Err(error),
+    };
+    Some(looked)
+}
+
+/// How long a kernel is waited for, that shows a sign of life or does not, of a domain that
+/// does this. One that stands still does not go on starting.
+fn patience(lives: bool, does: Option<Doing>, until: Instant) -> Option<Duration> {
+    let goes_on = lives || does != Some(Doing::StandsStill);
+    goes_on.then(|| until.saturating_duration_since(Instant::now()))
 }
 
 /// Looks at a saved image.
@@ -116,7 +155,38 @@ pub(super) fn of_image(
 ) -> anyhow::Result<Option<Memory>> {
     let image = Saved::open(config, &args.image, path)?;
     let symbols = Arc::clone(&image.symbols);
-    look(config, args, &image.ram, &image.kernel, &symbols, false)
+    let looked = look(
+        config,
+        args,
+        &image.ram,
+        &image.kernel,
+        &symbols,
+        How::Image,
+    )?;
+    Ok(match looked {
+        Look::Made(memory) => Some(memory),
+        Look::NoImage | Look::HasStarted => None,
+    })
+}
+
+/// What is looked at.
+#[derive(Clone, Copy)]
+enum How {
+    Image,
+    /// A domain that has a process. Its kernel is waited for so long if it is starting;
+    /// not at all where it stands still.
+    Runs {
+        patience: Option<Duration>,
+    },
+}
+
+/// What became of a look.
+enum Look {
+    /// There is nothing to compare with.
+    NoImage,
+    /// There was none yet: the kernel has just started.
+    HasStarted,
+    Made(Memory),
 }
 
 fn look(
@@ -125,54 +195,72 @@ fn look(
     ram: &dyn GuestRam,
     kernel: &Kernel,
     symbols: &Symbols,
-    live: bool,
-) -> anyhow::Result<Option<Memory>> {
+    how: How,
+) -> anyhow::Result<Look> {
     let named = args.kernel.as_deref();
     let Some(trusted) = trusted(&config.paths.symbols, named, kernel, symbols)? else {
-        return Ok(None);
+        return Ok(Look::NoImage);
     };
-    let patience = if live { STARTING } else { Duration::ZERO };
-    let is_starting = !starts(
-        || integrity::has_started(ram, kernel, symbols, &trusted),
-        patience,
-    );
-    let report = if live {
-        let mut wait = |time| {
-            std::thread::sleep(time);
-            true
-        };
-        integrity::check_running(ram, kernel, symbols, &trusted, &mut wait)?
-    } else {
-        Some(integrity::check(ram, kernel, symbols, &trusted)?)
+    let has_started = || integrity::has_started(ram, kernel, symbols, &trusted);
+    let patience = match how {
+        How::Image => None,
+        How::Runs { patience } => patience,
     };
-    let note = |mut report: Report| {
-        if is_starting {
-            report.notes.insert(0, NOT_STARTED.to_owned());
+    let doubt = match starts(has_started, patience) {
+        Start::Had => None,
+        Start::Waited => return Ok(Look::HasStarted),
+        Start::Not(why) => Some(why),
+    };
+    let report = match how {
+        How::Image => integrity::check(ram, kernel, symbols, &trusted)?,
+        How::Runs { .. } => {
+            let mut wait = |time| {
+                std::thread::sleep(time);
+                true
+            };
+            let report = integrity::check_running(ram, kernel, symbols, &trusted, &mut wait)?;
+            report.context("the look was broken off")?
         }
-        report
     };
-    Ok(report.map(|report| Memory::of(kernel, note(report))))
+    Ok(Look::Made(Memory::of(kernel, report, doubt)))
 }
 
-/// Waits until a kernel has started that says that it has not yet. It is the guest's
-/// word: who controls it may say so for ever.
-fn starts(has_started: impl Fn() -> bool, patience: Duration) -> bool {
-    let since = Instant::now();
-    let mut told = false;
-    while !has_started() {
-        if since.elapsed() >= patience {
-            return false;
-        }
-        if !told {
-            told = true;
-            out::message(&format!(
-                "the guest's kernel says that it is still starting: waiting for it, for {} at most",
-                humantime::format_duration(patience)
-            ));
-        }
-        std::thread::sleep(ASK.min(patience));
+/// Whether a kernel has started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Start {
+    Had,
+    /// It did while it was waited for.
+    Waited,
+    /// It says that it has not. What is found is told all the same, and this with it.
+    Not(&'static str),
+}
+
+/// Waits until a kernel has started that says that it has not yet, if it can be waited
+/// for. It is the guest's word: who controls it may say so for ever.
+fn starts(has_started: impl Fn() -> bool, patience: Option<Duration>) -> Start {
+    if has_started() {
+        return Start::Had;
     }
-    true
+    let Some(patience) = patience else {
+        return Start::Not(NOT_STARTED);
+    };
+    if !patience.is_zero() {
+        out::message(&format!(
+            "the guest's kernel says that it is still starting: waiting for it, for {} at most",
+            humantime::format_duration(Duration::from_secs(patience.as_secs()))
+        ));
+    }
+    let until = Instant::now() + patience;
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Start::Not(NEVER_STARTS);
+        }
+        std::thread::sleep(ASK.min(left));
+        if has_started() {
+            return Start::Waited;
+        }
+    }
 }
 
 /// How many notes are listed for people.
@@ -255,6 +343,7 @@ pub(super) fn full() -> Memory {
                 doubt: Some("why".to_owned()),
             }],
         },
+        doubt: None,
     }
 }
 
@@ -273,26 +362,62 @@ mod tests {
                 asked.get() >= number
             }
         };
-        let short = Duration::from_millis(20);
-        assert!(starts(from(1), Duration::ZERO));
-        assert!(starts(from(3), Duration::from_secs(60)));
-        assert!(!starts(from(1000), short));
-        // An image does not go on.
-        assert!(!starts(from(2), Duration::ZERO));
+        let some = |millis| Some(Duration::from_millis(millis));
+        assert_eq!(starts(from(1), None), Start::Had);
+        assert_eq!(starts(from(1), some(0)), Start::Had);
+        assert_eq!(starts(from(3), some(60_000)), Start::Waited);
+        assert_eq!(starts(from(1000), some(20)), Start::Not(NEVER_STARTS));
+        // All its time is over.
+        assert_eq!(starts(from(2), some(0)), Start::Not(NEVER_STARTS));
         assert_eq!(asked.get(), 1);
+        // An image does not go on, nor does a domain that stands still.
+        assert_eq!(starts(from(2), None), Start::Not(NOT_STARTED));
+        assert_eq!(asked.get(), 1);
+    }
+
+    #[test]
+    fn a_domain_that_stands_still_is_not_waited_for() {
+        let until = Instant::now() + STARTING;
+        for (lives, does, is_waited_for) in [
+            (true, Some(Doing::Runs), true),
+            // It is not far enough yet to show a sign of life.
+            (false, Some(Doing::Runs), true),
+            (false, None, true),
+            (false, Some(Doing::StandsStill), false),
+            // It goes on again.
+            (true, Some(Doing::StandsStill), true),
+        ] {
+            let patience = patience(lives, does, until);
+            assert_eq!(patience.is_some(), is_waited_for, "{lives} {does:?}");
+            assert!(patience.is_none_or(|time| time <= STARTING && time > STARTING / 2));
+        }
+        // However often it starts.
+        assert_eq!(patience(true, None, Instant::now()), Some(Duration::ZERO));
+    }
+
+    /// Its word hides nothing.
+    #[test]
+    fn of_a_kernel_that_says_it_is_starting_findings_are_told_and_nothing_found_is_not_clean() {
+        let found = full().report;
+        assert_eq!(conclude(&found, Some(NOT_STARTED)), Conclusion::Findings);
+        let nothing = Report::default();
+        assert_eq!(
+            conclude(&nothing, Some(NEVER_STARTS)),
+            Conclusion::CouldNotTell
+        );
     }
 
     #[test]
     fn nothing_listed_is_clean_only_where_all_was_looked_at_and_all_is_listed() {
         let mut report = Report::default();
-        assert_eq!(conclude(&report), Conclusion::Clean);
+        assert_eq!(conclude(&report, None), Conclusion::Clean);
         report.not_listed = 1;
-        assert_eq!(conclude(&report), Conclusion::CouldNotTell);
-        assert_eq!(conclude(&full().report), Conclusion::Findings);
+        assert_eq!(conclude(&report, None), Conclusion::CouldNotTell);
+        assert_eq!(conclude(&full().report, None), Conclusion::Findings);
         let mut report = full().report;
         report.findings.clear();
-        assert_eq!(conclude(&report), Conclusion::CouldNotTell);
+        assert_eq!(conclude(&report, None), Conclusion::CouldNotTell);
         report.outcomes[0].doubt = None;
-        assert_eq!(conclude(&report), Conclusion::Clean);
+        assert_eq!(conclude(&report, None), Conclusion::Clean);
     }
 }

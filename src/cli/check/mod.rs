@@ -41,6 +41,26 @@ struct Checked {
 }
 
 impl Checked {
+    /// Nothing was looked at yet.
+    fn nothing() -> Self {
+        Self {
+            format: "xftrace-check",
+            version: 1,
+            conclusion: Conclusion::CouldNotTell,
+            domain: None,
+            memory: None,
+            flow: None,
+            doubts: Vec::new(),
+            remarks: Vec::new(),
+        }
+    }
+
+    /// Takes what is in memory, and why that may mean nothing.
+    fn found(&mut self, memory: Memory) {
+        self.doubts.extend(memory.doubt.map(str::to_owned));
+        self.memory = Some(memory);
+    }
+
     /// The worse of the two; with a doubt, not clean.
     fn conclude(&mut self) {
         let memory = self.memory.as_ref().map(|memory| memory.conclusion);
@@ -62,22 +82,13 @@ impl Checked {
 /// Runs the command.
 pub(super) fn run(context: &Context, args: &CheckArgs) -> anyhow::Result<Exit> {
     let config = context.config()?;
-    let mut checked = Checked {
-        format: "xftrace-check",
-        version: 1,
-        conclusion: Conclusion::CouldNotTell,
-        domain: None,
-        memory: None,
-        flow: None,
-        doubts: Vec::new(),
-        remarks: Vec::new(),
-    };
+    let mut checked = Checked::nothing();
     if let Some(image) = &args.image.memory {
         let known = memory::of_image(&config, args, image)?;
         let Some(found) = known else {
             bail!("{}", memory::NO_IMAGE);
         };
-        checked.memory = Some(found);
+        checked.found(found);
     } else if let Some(dir) = &args.session {
         let own = Enrolment::baseline_of(None, &config);
         checked.flow = Some(flow::judge(&config, dir, baseline(args, own.as_deref()))?);
@@ -142,16 +153,8 @@ mod tests {
     fn the_schema_describes_what_is_printed() {
         let schema = include_str!("../../../docs/verdict.schema.json");
         let schema: Value = serde_json::from_str(schema).expect("a schema");
-        let mut checked = Checked {
-            format: "xftrace-check",
-            version: 1,
-            conclusion: Conclusion::Clean,
-            domain: None,
-            memory: Some(memory::full()),
-            flow: None,
-            doubts: Vec::new(),
-            remarks: Vec::new(),
-        };
+        let mut checked = Checked::nothing();
+        checked.memory = Some(memory::full());
         checked.conclude();
         let printed = serde_json::to_value(&checked).expect("JSON");
         let memory = &printed["memory"];
@@ -176,17 +179,31 @@ mod tests {
     }
 
     #[test]
+    fn why_what_is_in_memory_may_mean_nothing_is_told_and_undoes_no_finding() {
+        for (conclusion, in_all) in [
+            (Conclusion::Findings, Conclusion::Findings),
+            (Conclusion::Clean, Conclusion::CouldNotTell),
+        ] {
+            for doubt in [None, Some("it is starting")] {
+                let mut checked = Checked::nothing();
+                let mut memory = memory::full();
+                (memory.conclusion, memory.doubt) = (conclusion, doubt);
+                checked.found(memory);
+                checked.conclude();
+                assert_eq!(checked.doubts, Vec::from_iter(doubt));
+                let expected = doubt.map_or(conclusion, |_| in_all);
+                assert_eq!(checked.conclusion, expected);
+                let mut text = Vec::new();
+                print(&mut text, &checked).expect("text");
+                let text = String::from_utf8(text).expect("text");
+                assert_eq!(text.contains("doubt: it is starting"), doubt.is_some());
+            }
+        }
+    }
+
+    #[test]
     fn the_worse_part_decides() {
-        let mut checked = Checked {
-            format: "xftrace-check",
-            version: 1,
-            conclusion: Conclusion::Clean,
-            domain: None,
-            memory: None,
-            flow: None,
-            doubts: Vec::new(),
-            remarks: Vec::new(),
-        };
+        let mut checked = Checked::nothing();
         checked.conclude();
         assert_eq!(
             checked.conclusion,
