@@ -10,6 +10,11 @@
 //! function of a module, or of nobody, is found; and so is a BPF program, which
 //! cannot be told from a hook by where it is attached. Where perf runs one, the
 //! function at the tracepoint is the kernel's, and only the event has the program.
+//!
+//! **No module has leave to attach functions**, as those of [`super::lent`] have to set a
+//! pointer: some of Linux's own do (`drop_monitor`), but what a module is called is the
+//! guest's word, and what is attached to `kfree_skb` is handed packets. docs/detection.md
+//! says what to do about tracers.
 
 use super::dispatch;
 use super::finding::{Check, Finding, Report};

@@ -879,3 +879,33 @@ fn what_is_attached_to_a_tracepoint_is_known_or_a_doubt() {
     leads_nowhere.set(true);
     assert_eq!(look(""), (1, true));
 }
+
+/// Whatever it calls itself: nothing proves that it is Linux's.
+#[test]
+fn no_module_has_leave_to_attach_itself_to_a_tracepoint() {
+    let (list, point, name, array) = (DATA + 0x600, DATA + 0x700, HEAP + 0x80, HEAP + 0x100);
+    let offset = ((point - list) as u32).to_le_bytes();
+    let image = Image::made_of(&[(".rodata", list, &offset)], &[]);
+    for called in ["drop_monitor", "kvm", "kvm_intel"] {
+        let mut guest = Fake::new();
+        guest.modules[0].name = called.to_owned();
+        guest.symbol(list, 'd', "__start___tracepoints_ptrs");
+        guest.symbol(list + 4, 'd', "__stop___tracepoints_ptrs");
+        guest.layout("tracepoint", &[("name", 0), ("funcs", 8)]);
+        guest.sized("tracepoint_func", 24);
+        guest.bytes(name, b"kfree_skb\0");
+        guest.put(point, name);
+        guest.put(point + 8, array);
+        guest.put(array, THEIRS);
+        let report =
+            guest.check(|view, owners, report| tracepoints::attached(view, owners, &image, report));
+        let [(place, _, owner)] = found(&report)[..] else {
+            panic!("{called}: {report:?}");
+        };
+        assert_eq!(place, "tracepoint kfree_skb");
+        assert!(
+            owner.starts_with(&format!("the module {called}")),
+            "{owner}"
+        );
+    }
+}
