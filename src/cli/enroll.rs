@@ -112,7 +112,7 @@ pub(super) fn run(context: &Context, args: &EnrollArgs) -> anyhow::Result<Exit> 
             Some(why) => writeln!(
                 out,
                 "As it runs now, {why}. Shut it down and start it again (a reboot from inside \
-                 is not enough):\n  virsh shutdown {name}\n  virsh start {name}"
+                 is not enough):\n  virsh shutdown {name}\n  virsh start {name}    (once it is off)"
             )?,
             None => writeln!(out, "{}", join(context, &connection, &domain, &trace)?)?,
         }
@@ -120,7 +120,7 @@ pub(super) fn run(context: &Context, args: &EnrollArgs) -> anyhow::Result<Exit> 
             writeln!(
                 out,
                 "As it runs now, {why}; it gets one when it is shut down and started again \
-                 (a reboot from inside is not enough):\n  virsh shutdown {name}\n  virsh start {name}"
+                 (a reboot from inside is not enough):\n  virsh shutdown {name}\n  virsh start {name}    (once it is off)"
             )?;
         }
     }

@@ -5,7 +5,8 @@ use super::Report;
 use crate::cli::enroll_command::enroll_command;
 use crate::cli::guest_boot;
 use crate::helper::protocol::{PlainBoot, PlainRing};
-use crate::libvirt::xml::DomainXml;
+use crate::kernel::stock::is_reserved;
+use crate::libvirt::xml::{DomainXml, Trace};
 
 /// Tells where it records, or what to boot it with instead.
 pub(super) fn check(boot: &PlainBoot, live: &DomainXml, name: &str, report: &mut Report) {
@@ -51,6 +52,17 @@ fn boot_with(boot: &PlainBoot, live: &DomainXml, name: &str) -> String {
         wanted.cmdline = Some(needs.to_owned());
         enroll_command(name, &wanted)
     };
+    // It was booted for that, or is to be: what is missing is typed inside it.
+    let is_enrolled = |trace: &Trace| trace.cmdline.as_deref().is_some_and(is_reserved);
+    if let (Some((needs, typed)), true) =
+        (&boot.reserved, live.trace.as_ref().is_some_and(is_enrolled))
+    {
+        return format!(
+            "{typed}    (inside the guest, as root, after each boot)\n(or, where it was not booted \
+             with {needs}: {})",
+            enroll(needs)
+        );
+    }
     let needs = &boot.command_line;
     let mut mend = if live.boots_kernel {
         format!(
@@ -173,6 +185,14 @@ mod tests {
         let (_, mend) = said(&boot(&["vfs_read"], true), &direct);
         let enroll = "(or xftrace enroll web1 --functions vfs_read --plain=reserved, which puts ";
         assert!(mend.contains(enroll), "{mend}");
+        // One that is enrolled for it lacks what is typed, and is not led away from it.
+        let (needs, typed) = reserved_command_line(&["vfs_read"]);
+        let enrolled = format!("functions='vfs_read' cmdline='{needs}'");
+        let direct = domain("<kernel>/boot/vmlinuz</kernel>", &enrolled);
+        let (_, mend) = said(&boot(&["vfs_read"], true), &direct);
+        assert!(mend.starts_with(&format!("{typed}    (inside")), "{mend}");
+        assert!(!mend.contains("ftrace=function_graph "), "{mend}");
+        assert!(mend.contains("--plain=reserved"), "{mend}");
     }
 
     #[test]

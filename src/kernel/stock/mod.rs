@@ -101,6 +101,16 @@ pub enum StockError {
         /// What to boot it with.
         command_line: String,
     },
+    /// It has a ring in memory reserved at boot, which nothing is recorded into.
+    #[error(
+        "the guest's kernel has a ring buffer in memory reserved at boot, and no tracer for it: \
+         after each boot, type inside the guest, as root: echo function_graph > \
+         /sys/kernel/tracing/instances/{instance}/current_tracer"
+    )]
+    TracerNotSet {
+        /// The instance, escaped.
+        instance: String,
+    },
     /// Its ring is too small to be read in time.
     #[error(
         "the guest's ring buffer has {kb} KiB for each CPU, which it writes over before it can \

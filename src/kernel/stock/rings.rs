@@ -214,11 +214,17 @@ impl Stock {
             .iter()
             .find(|array| array.name.is_none())
             .map_or_else(|| "unknown".to_owned(), |array| array.tracer.clone());
+        // Somebody set that up on purpose; no kernel parameter sets its tracer.
+        let reserved = arrays.iter().find(|array| array.boot_mapped);
+        let reserved = reserved.and_then(|array| array.name.clone());
         let found = arrays
             .into_iter()
             .filter(|array| array.tracer == "function_graph")
             .max_by_key(|array| array.boot_mapped);
         let Some(found) = found else {
+            if let Some(instance) = reserved {
+                return Err(StockError::TracerNotSet { instance });
+            }
             return Err(StockError::NotRunning {
                 tracer,
                 command_line: command_line(functions),

@@ -394,6 +394,11 @@ fn a_ring_that_is_too_small_is_told_with_what_to_boot() {
 fn a_tracer_that_does_not_run_is_told_with_what_to_boot() {
     let nop = Guest::new();
     nop.poke(GLOBAL + 40, NOP);
+    // A ring in memory reserved at boot was set up to be used.
+    let said = refusal(&nop);
+    assert!(said.contains("no tracer for it"), "{said}");
+    assert!(said.contains("/instances/x\\x1bf/current_tracer"), "{said}");
+    nop.poke(DATA, GLOBAL);
     let said = refusal(&nop);
     assert!(said.contains("current tracer is 'nop'"), "{said}");
     assert!(said.contains("ftrace=function_graph"), "{said}");
