@@ -14,7 +14,9 @@
 //! callback is a function of the kernel's that calls others (`dispatch.rs`), the
 //! same holds for these.
 
-use super::dispatch::{self, Callee, DirectCall};
+use std::collections::HashSet;
+
+use super::dispatch::{self, Callee};
 use super::finding::{Check, Finding, Report};
 use super::known::{self, Role};
 use super::owner::{ftrace_ops, ftrace_trampolines, Owner, Owners, Trampoline};
@@ -146,7 +148,9 @@ fn registered(
     let mut direct = Vec::new();
     let table = dispatch::direct(view, &mut direct);
     go_on(table, &mut |doubt| doubts.push(doubt))?;
-    for ops in ftrace_ops(view)? {
+    let in_table: HashSet<(Gva, Gva)> = direct.iter().map(|call| (call.from, call.to)).collect();
+    let registered = ftrace_ops(view)?;
+    for &ops in &registered {
         *looked_at += 1;
         let function = view.pointer(ops.wrapping_add(func), WHAT)?;
         functions.push(function);
@@ -164,20 +168,38 @@ fn registered(
             role: Role::Function,
         };
         judge(view, owners, report, doubts, callback);
-        match dispatch::of_callback(view, ops, function) {
-            Ok(mut all) => {
-                all.retain(|callee| !is_in_table(view, ops, callee, &direct));
-                further(view, owners, report, doubts, &name, &all);
-            }
-            Err(error @ Obstacle::TooMuch(_)) => return Err(error),
-            Err(error) => doubts.push(format!(
-                "whom {} ({name}) calls cannot be told: {error}",
-                view.name(function)
-            )),
-        }
+        follow(view, owners, report, doubts, &in_table, (ops, function))?;
     }
     for trampoline in ftrace_trampolines(view)? {
-        let done = through(view, owners, report, doubts, trampoline, func);
+        let ops = trampoline.ops;
+        let called = through(view, owners, report, trampoline);
+        let done = called.and_then(|called| {
+            let Some(function) = called else {
+                return Ok(());
+            };
+            let is_registered = registered.contains(&ops);
+            if is_registered && function == view.pointer(ops.wrapping_add(func), WHAT)? {
+                return Ok(());
+            }
+            // One that is not registered is called all the same where a function calls
+            // its trampoline; of the kernel's own the function is another by then.
+            let role = match is_registered || Role::AllFunctions.has(view, function) {
+                true => Role::AllFunctions,
+                false => Role::Function,
+            };
+            let callback = Callback {
+                place: format!("the trampoline of Ftrace's at {}", trampoline.start),
+                at: trampoline.start,
+                function,
+                how: "",
+                role,
+            };
+            judge(view, owners, report, doubts, callback);
+            match is_registered {
+                true => Ok(()),
+                false => follow(view, owners, report, doubts, &in_table, (ops, function)),
+            }
+        });
         go_on(done, &mut |doubt| doubts.push(doubt))?;
     }
     for call in direct {
@@ -190,6 +212,33 @@ fn registered(
         }
     }
     entries(view, owners, report, doubts, &functions)
+}
+
+/// Whom the function of a callback calls further on.
+fn follow(
+    view: &View<'_>,
+    owners: &Owners,
+    report: &mut Report,
+    doubts: &mut Vec<String>,
+    in_table: &HashSet<(Gva, Gva)>,
+    (ops, function): (Gva, Gva),
+) -> Result<(), Obstacle> {
+    let name = view.name(ops);
+    match dispatch::of_callback(view, ops, function) {
+        Ok(mut all) => {
+            all.retain(|callee| !is_in_table(view, ops, callee, in_table));
+            further(view, owners, report, doubts, &name, &all);
+            Ok(())
+        }
+        Err(error @ Obstacle::TooMuch(_)) => Err(error),
+        Err(error) => {
+            doubts.push(format!(
+                "whom {} ({name}) calls cannot be told: {error}",
+                view.name(function)
+            ));
+            Ok(())
+        }
+    }
 }
 
 /// Whom the kernel's own functions call that callbacks are attached through.
@@ -255,49 +304,36 @@ fn entries(
 
 /// Whether a direct call of a callback is one that the table of them has, for each
 /// function that the callback is called for: it is judged there.
-fn is_in_table(view: &View<'_>, ops: Gva, callee: &Callee, table: &[DirectCall]) -> bool {
+fn is_in_table(view: &View<'_>, ops: Gva, callee: &Callee, table: &HashSet<(Gva, Gva)>) -> bool {
     let &(what, _, to) = callee;
     if what != dispatch::CALLED_DIRECTLY {
         return false;
     }
-    let has = |from: &Gva| table.iter().any(|call| call.to == to && call.from == *from);
+    let has = |from: &Gva| table.contains(&(*from, to));
     let functions = dispatch::called_for(view, ops);
     functions.is_ok_and(|functions| !functions.is_empty() && functions.iter().all(has))
 }
 
-/// What a trampoline is, and calls; `func` is where a callback has its function.
+/// Judges what a trampoline is, and gives the function that it calls.
 fn through(
     view: &View<'_>,
     owners: &Owners,
     report: &mut Report,
-    doubts: &mut Vec<String>,
     trampoline: Trampoline,
-    func: u64,
-) -> Result<(), Obstacle> {
+) -> Result<Option<Gva>, Obstacle> {
     let Trampoline { ops, start, length } = trampoline;
-    let place = format!("the trampoline of Ftrace's at {start}");
-    let Some(called) = trampoline::calls(view, ops, start, length)? else {
+    let called = trampoline::calls(view, ops, start, length)?;
+    if called.is_none() {
         report.add(Finding {
             check: Check::Ftrace,
-            place,
+            place: format!("the trampoline of Ftrace's at {start}"),
             address: start.0,
             expected: "a copy of ftrace_caller or ftrace_regs_caller, of its callback".to_owned(),
             found: "other code".to_owned(),
             owner: Some(owners.owner(view, start).to_string()),
         });
-        return Ok(());
-    };
-    if called != view.pointer(ops.wrapping_add(func), WHAT)? {
-        let callback = Callback {
-            place,
-            at: start,
-            function: called,
-            how: "",
-            role: Role::AllFunctions,
-        };
-        judge(view, owners, report, doubts, callback);
     }
-    Ok(())
+    Ok(called)
 }
 
 /// Whether it is a BPF program that is called from one of those functions that do

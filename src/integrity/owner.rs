@@ -339,6 +339,9 @@ pub(super) fn ftrace_trampolines(view: &View<'_>) -> Result<Vec<Trampoline>, Obs
             trampolines.push(Trampoline { ops, start, length });
         }
     }
+    // Most are on both lists.
+    trampolines.sort_by_key(|one| (one.start, one.ops));
+    trampolines.dedup_by_key(|one| (one.start, one.ops));
     Ok(trampolines)
 }
 

@@ -95,7 +95,8 @@ fn copy_of(
     let (size, takes_ops) = (within(original.end)?, within(original.takes_ops)?);
     let call = within(original.call)?;
     let ends = (code.len() as u64).wrapping_sub(size).wrapping_sub(WORD);
-    if size > MOST || !ENDS.contains(&ends) {
+    let inside = takes_ops < size && call < size;
+    if size > MOST || !ENDS.contains(&ends) || !inside {
         return Ok(None);
     }
     let mut made = view.bytes(entry, size as usize, WHAT)?;

@@ -186,6 +186,9 @@ fn tracers_are_told_from_hooks(name: &str, kernel: &str) {
     assert!(noted("kprobe at vfs_read+") && noted("function_trace_call"));
     assert_eq!(noted("fentry_dispatcher"), fprobes, "{notes:#?}");
     checked.is_clean((status, verdict));
+    // Its trampoline stays, and calls what it did.
+    run("echo nop > /sys/kernel/tracing/current_tracer");
+    checked.is_clean(checked.live());
 
     for (event, check, place) in [
         ("kprobes/back", "kprobes", "kretprobe at vfs_write"),

@@ -29,6 +29,7 @@ fn callback(function: &str) -> (Fake, u64) {
             ("trampoline_size", 40),
             ("direct_call", 48),
             ("func_hash", 56),
+            ("list", 64),
         ],
     );
     guest.put(DATA, OPS);
@@ -377,6 +378,34 @@ fn a_trampoline_is_as_the_kernel_makes_them() {
             assert!(!found(&look(&guest)).is_empty());
         }
     }
+    // That of a callback which is not registered: what it calls is called, whatever the
+    // callback says by now.
+    guest.symbol(DATA + 16, 'd', "ftrace_ops_trampoline_list");
+    guest.put(DATA + 16, OPS + 64);
+    guest.put(OPS + 64, DATA + 16);
+    guest.put(DATA, DATA + 8);
+    guest.put(OPS, stub);
+    let kept = |calls: u64| {
+        let (_, _, _, more) = CALLERS[1];
+        let mut code = vec![0x90; 32 + more as usize];
+        code[..4].copy_from_slice(&[0xf3, 0x0f, 0x1e, 0xfa]);
+        code[8..11].copy_from_slice(&[0x48, 0x8b, 0x15]);
+        code[11..15].copy_from_slice(&(32 + more as u32 + 1 - 15).to_le_bytes());
+        code[20..25].copy_from_slice(&branch_to(start + 20, calls));
+        code[28..30].copy_from_slice(&[0x66, 0x90]);
+        code.push(0xc3);
+        code.extend(OPS.to_le_bytes());
+        guest.put(OPS + 32, start);
+        guest.put(OPS + 40, code.len() as u64);
+        guest.bytes(start, &code);
+        let report = look(&guest);
+        (report.findings.len(), doubt(&report).is_some())
+    };
+    assert_eq!(kept(function), (0, false));
+    assert_eq!(kept(all), (0, false));
+    assert_eq!(kept(THEIRS), (1, false));
+    assert_eq!(kept(other), (0, true));
+    kept(function);
     // Functions may call its beginning, and nothing else of it.
     let calls = |to: u64| {
         let report = guest.check(|view, owners, report| {
