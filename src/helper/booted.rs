@@ -106,10 +106,7 @@ fn look(ram: &dyn GuestRam, guest: &Guest, stock: &Stock, functions: &[String]) 
         cannot,
         command_line: command_line(functions),
         unknown,
-        reserved: stock.can_reserve.then(|| {
-            let (command_line, typed) = reserved_command_line(functions);
-            (command_line, typed.to_owned())
-        }),
+        reserved: stock.can_reserve.then(|| reserved_command_line(functions)),
     }
 }
 

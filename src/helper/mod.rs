@@ -56,6 +56,7 @@ mod watch;
 pub use attach::{attach, Attached};
 pub(crate) use link::{Link, LinkError};
 pub use living::{find_living, Living};
+pub(crate) use patrol::START_LIMIT;
 pub use run::{run, Options};
 pub(crate) use sources::Sources;
 pub use trusted::trusted;

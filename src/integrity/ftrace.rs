@@ -14,7 +14,7 @@
 //! callback is a function of the kernel's that calls others (`dispatch.rs`), the
 //! same holds for these.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use super::dispatch::{self, Callee};
 use super::finding::{Check, Finding, Report};
@@ -144,16 +144,16 @@ fn registered(
     let [func, flags] =
         ["func", "flags"].map(|name| layout.field(name).map(|field| u64::from(field.offset)));
     let (func, flags) = (func?, flags?);
-    let mut functions = Vec::new();
+    // By the ops that they are of.
+    let mut functions = HashMap::new();
     let mut direct = Vec::new();
     let table = dispatch::direct(view, &mut direct);
     go_on(table, &mut |doubt| doubts.push(doubt))?;
     let in_table: HashSet<(Gva, Gva)> = direct.iter().map(|call| (call.from, call.to)).collect();
-    let registered = ftrace_ops(view)?;
-    for &ops in &registered {
+    for ops in ftrace_ops(view)? {
         *looked_at += 1;
         let function = view.pointer(ops.wrapping_add(func), WHAT)?;
-        functions.push(function);
+        functions.insert(ops, function);
         let flags = view.pointer(ops.wrapping_add(flags), WHAT)?.0;
         let name = view.name(ops);
         let modifies = match flags & IPMODIFY {
@@ -171,35 +171,8 @@ fn registered(
         follow(view, owners, report, doubts, &in_table, (ops, function))?;
     }
     for trampoline in ftrace_trampolines(view)? {
-        let ops = trampoline.ops;
-        let called = through(view, owners, report, trampoline);
-        let done = called.and_then(|called| {
-            let Some(function) = called else {
-                return Ok(());
-            };
-            let is_registered = registered.contains(&ops);
-            if is_registered && function == view.pointer(ops.wrapping_add(func), WHAT)? {
-                return Ok(());
-            }
-            // One that is not registered is called all the same where a function calls
-            // its trampoline; of the kernel's own the function is another by then.
-            let role = match is_registered || Role::AllFunctions.has(view, function) {
-                true => Role::AllFunctions,
-                false => Role::Function,
-            };
-            let callback = Callback {
-                place: format!("the trampoline of Ftrace's at {}", trampoline.start),
-                at: trampoline.start,
-                function,
-                how: "",
-                role,
-            };
-            judge(view, owners, report, doubts, callback);
-            match is_registered {
-                true => Ok(()),
-                false => follow(view, owners, report, doubts, &in_table, (ops, function)),
-            }
-        });
+        let func = functions.get(&trampoline.ops).copied();
+        let done = through(view, owners, report, doubts, &in_table, trampoline, func);
         go_on(done, &mut |doubt| doubts.push(doubt))?;
     }
     for call in direct {
@@ -274,7 +247,7 @@ fn entries(
     owners: &Owners,
     report: &mut Report,
     doubts: &mut Vec<String>,
-    registered: &[Gva],
+    registered: &HashMap<Gva, Gva>,
 ) -> Result<(), Obstacle> {
     let mut all = Vec::new();
     if let Ok(at) = view.address("ftrace_trace_function") {
@@ -288,7 +261,7 @@ fn entries(
         }
     }
     for (name, at, function) in all {
-        if !registered.contains(&function) {
+        if !registered.values().any(|&one| one == function) {
             let callback = Callback {
                 place: format!("{name}, whom Ftrace calls"),
                 at,
@@ -314,26 +287,51 @@ fn is_in_table(view: &View<'_>, ops: Gva, callee: &Callee, table: &HashSet<(Gva,
     functions.is_ok_and(|functions| !functions.is_empty() && functions.iter().all(has))
 }
 
-/// Judges what a trampoline is, and gives the function that it calls.
+/// What a trampoline is, and calls. `registered` is the function of its callback, where
+/// that is registered.
 fn through(
     view: &View<'_>,
     owners: &Owners,
     report: &mut Report,
+    doubts: &mut Vec<String>,
+    in_table: &HashSet<(Gva, Gva)>,
     trampoline: Trampoline,
-) -> Result<Option<Gva>, Obstacle> {
+    registered: Option<Gva>,
+) -> Result<(), Obstacle> {
     let Trampoline { ops, start, length } = trampoline;
-    let called = trampoline::calls(view, ops, start, length)?;
-    if called.is_none() {
+    let place = format!("the trampoline of Ftrace's at {start}");
+    let Some(function) = trampoline::calls(view, ops, start, length)? else {
         report.add(Finding {
             check: Check::Ftrace,
-            place: format!("the trampoline of Ftrace's at {start}"),
+            place,
             address: start.0,
             expected: "a copy of ftrace_caller or ftrace_regs_caller, of its callback".to_owned(),
             found: "other code".to_owned(),
             owner: Some(owners.owner(view, start).to_string()),
         });
+        return Ok(());
+    };
+    if registered == Some(function) {
+        return Ok(());
     }
-    Ok(called)
+    // One that is not registered is called all the same where a function calls its
+    // trampoline; of the kernel's own the function is another by then.
+    let role = match registered.is_some() || Role::AllFunctions.has(view, function) {
+        true => Role::AllFunctions,
+        false => Role::Function,
+    };
+    let callback = Callback {
+        place,
+        at: start,
+        function,
+        how: "",
+        role,
+    };
+    judge(view, owners, report, doubts, callback);
+    match registered {
+        Some(_) => Ok(()),
+        None => follow(view, owners, report, doubts, in_table, (ops, function)),
+    }
 }
 
 /// Whether it is a BPF program that is called from one of those functions that do

@@ -9,6 +9,7 @@
 //! that has nothing but thunks and filling can do no more than go on where a register
 //! says already.
 
+use super::text::INT3;
 use super::view::View;
 use crate::kernel::Gva;
 
@@ -21,7 +22,6 @@ pub(super) const PAGE: u64 = 4096;
 pub(super) const MAX_PAGES: usize = 4096;
 /// Half a cache line.
 const HALF: usize = 32;
-const INT3: u8 = 0xcc;
 /// `REX.B`: the register is one of the upper eight.
 const UPPER: u8 = 0x41;
 /// The register that no branch goes by: the stack's.

@@ -27,7 +27,7 @@ use super::dispatch;
 use super::finding::{Check, Finding, Report};
 use super::known::{self, Role};
 use super::owner::{Owner, Owners};
-use super::text::jump;
+use super::text::{jump, INT3, JUMP};
 use super::view::{go_on, Obstacle, View, MAX_ENTRIES};
 use crate::kernel::Gva;
 
@@ -36,8 +36,6 @@ const BUCKETS: u64 = 64;
 const WHAT: &str = "a kprobe";
 /// `KPROBE_FLAG_OPTIMIZED`, include/linux/kprobes.h: it is an `optimized_kprobe`.
 const OPTIMIZED: u32 = 4;
-const INT3: u8 = 0xcc;
-const JUMP: u8 = 0xe9;
 /// The most that a kprobe takes the place of: a jump of five bytes that ends in the
 /// first one of an instruction.
 const MOST: usize = 4 + LONGEST;
@@ -238,8 +236,9 @@ impl Probes {
 }
 
 /// The text at a place as it was before anything in its function was probed, by what all
-/// kprobes say, and `None` where no instruction begins there. What they say is compared
-/// like all else; `room` is how much more may be taken apart.
+/// kprobes say, and `None` where no instruction begins there. What is restored of it is
+/// compared like all else; what entries say of other places only leads the decoder.
+/// `room` is how much more may be taken apart.
 fn whole(
     view: &View<'_>,
     all: &ByDistance<'_>,

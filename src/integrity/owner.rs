@@ -213,8 +213,10 @@ impl Owners {
 
     /// Whether a trampoline of Ftrace's begins there.
     pub(super) fn begins_trampoline(&self, at: Gva) -> bool {
-        let begins = |(range, kind): &Claim| range.start == at && kind == FTRACE;
-        self.made.iter().any(begins)
+        let first = self.made.partition_point(|(range, _)| range.start < at);
+        let mut from = self.made.iter().skip(first);
+        let mut begin = from.by_ref().take_while(|(range, _)| range.start == at);
+        begin.any(|(_, kind)| kind == FTRACE)
     }
 
     /// Whether any of this is a module's code, or code that the kernel made.

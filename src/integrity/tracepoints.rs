@@ -142,10 +142,8 @@ fn events(
     for (_, event) in all {
         *looked_at += 1;
         let event = view.kernel.runtime(event);
-        let mut runs_bpf = false;
-        let runs = dispatch::event_runs_bpf(view, event).map(|runs| runs_bpf = runs);
-        go_on(runs, &mut |doubt| doubts.push(doubt))?;
-        if runs_bpf {
+        let runs_bpf = dispatch::event_runs_bpf(view, event);
+        if go_on(runs_bpf, &mut |doubt| doubts.push(doubt))? {
             report.add(Finding {
                 check: Check::Tracepoints,
                 place: format!("event {}", view.name(event)),

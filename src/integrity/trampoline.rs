@@ -13,7 +13,7 @@
 //! beginning, and nothing else compares that memory: who changes it has all of them.
 //! So it has to be what the kernel would have made.
 
-use super::text::{fill, jump, CALL};
+use super::text::{fill, jump, CALL, ENDBR64, INT3, JUMP, NO_ENDBR, RETURN};
 use super::view::{Obstacle, View};
 use crate::kernel::Gva;
 
@@ -25,15 +25,12 @@ const JNZ: u8 = 0x75;
 const NOP: [u8; 2] = [0x66, 0x90];
 /// What functions begin with that may be called indirectly, and what the kernel makes of
 /// it where none does: it may have done so after it made the trampoline.
-const BEGINS: [[u8; 4]; 2] = [[0xf3, 0x0f, 0x1e, 0xfa], [0x66, 0x0f, 0x1f, 0x00]];
+const BEGINS: [[u8; 4]; 2] = [ENDBR64, NO_ENDBR[0]];
 /// `RET_SIZE`, as kernels are configured.
 const ENDS: [u64; 3] = [1, 2, 5];
-const RET: u8 = 0xc3;
-const INT3: u8 = 0xcc;
-const JUMP: u8 = 0xe9;
 /// The word at the end.
 const WORD: u64 = 8;
-/// Of what it is a copy.
+/// None is longer.
 const MOST: u64 = 4096;
 
 /// What a trampoline is a copy of, by the symbols of places in it.
@@ -129,7 +126,7 @@ fn copy_of(
         return Ok(None);
     };
     let returns = match returns {
-        [RET] | [RET, INT3, ..] => true,
+        [RETURN] | [RETURN, INT3, ..] => true,
         _ => jump(start.wrapping_add(size).0, returns).is_some_and(|jump| {
             let to = Gva(jump.target);
             jump.opcode == JUMP && view.in_text(to) && view.name(to).ends_with("return_thunk")

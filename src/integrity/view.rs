@@ -43,17 +43,16 @@ pub(super) enum Obstacle {
 
 /// What is to be done behind an entry of a list that cannot be read: the others are
 /// looked at all the same, and it is a doubt. Not where there is too much to read.
-pub(super) fn go_on(
-    done: Result<(), Obstacle>,
+pub(super) fn go_on<T: Default>(
+    done: Result<T, Obstacle>,
     doubt: &mut dyn FnMut(String),
-) -> Result<(), Obstacle> {
+) -> Result<T, Obstacle> {
     match done {
-        Err(Obstacle::TooMuch(what)) => Err(Obstacle::TooMuch(what)),
-        Err(error) => {
+        Err(error) if !matches!(error, Obstacle::TooMuch(_)) => {
             doubt(error.to_string());
-            Ok(())
+            Ok(T::default())
         }
-        Ok(()) => Ok(()),
+        done => done,
     }
 }
 

@@ -193,7 +193,7 @@ fn plain(name: &str, kernel: &str, ring: &str) {
     });
     let traced = Traced::start_with(guest, &["--functions", "sys_read", ring]);
     if ring == RESERVED {
-        traced.sh(reserved_command_line(&["__x64_sys_read"]).1);
+        traced.sh(&reserved_command_line(&["__x64_sys_read"]).1);
     }
     let ready = |status: &xftrace::helper::protocol::Status| {
         matches!(status.guest, GuestStatus::Alive { .. })

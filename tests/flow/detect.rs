@@ -32,14 +32,7 @@ fn learn(items: &[Item]) -> Baseline {
 
 /// Has a baseline be one of so many sessions.
 fn sessions(known: &mut Baseline, number: usize) {
-    let learnt = |number: usize| {
-        let learnt = Learnt {
-            calls: 1,
-            lost: 0,
-            skipped: Default::default(),
-        };
-        (number.to_string(), learnt)
-    };
+    let learnt = |number: usize| (number.to_string(), Learnt::default());
     known.sessions = (0..number).map(learnt).collect();
 }
 

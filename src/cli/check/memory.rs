@@ -13,7 +13,7 @@ use crate::cli::image::Image as Saved;
 use crate::cli::out;
 use crate::config::Config;
 use crate::detect::Conclusion;
-use crate::helper::{attach, find_living, trusted, Attached};
+use crate::helper::{attach, find_living, trusted, Attached, START_LIMIT};
 use crate::integrity::{self, Finding, Report};
 use crate::kernel::{Kernel, Symbols};
 use crate::libvirt::live::{doing, Doing};
@@ -29,9 +29,7 @@ pub(super) const NO_IMAGE: &str =
 /// How long a kernel has to show that it lives.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// How long a kernel is believed that it is starting, as the helper believes it, and how
-/// often it is asked.
-const STARTING: Duration = Duration::from_secs(120);
+/// How often a kernel is asked that says that it is starting.
 const ASK: Duration = Duration::from_millis(500);
 /// What there is to say of one that cannot be waited for, and of one that was.
 const NOT_STARTED: &str =
@@ -96,7 +94,7 @@ pub(super) fn of_domain(
     domain: &DomainXml,
 ) -> anyhow::Result<Looked> {
     let attached = attach(domain, config)?;
-    let until = Instant::now() + STARTING;
+    let until = Instant::now() + START_LIMIT;
     loop {
         if let Some(looked) = of_attached(config, args, domain, &attached, until) {
             return Ok(looked);
@@ -377,7 +375,7 @@ mod tests {
 
     #[test]
     fn a_domain_that_stands_still_is_not_waited_for() {
-        let until = Instant::now() + STARTING;
+        let until = Instant::now() + START_LIMIT;
         for (lives, does, is_waited_for) in [
             (true, Some(Doing::Runs), true),
             // It is not far enough yet to show a sign of life.
@@ -389,7 +387,7 @@ mod tests {
         ] {
             let patience = patience(lives, does, until);
             assert_eq!(patience.is_some(), is_waited_for, "{lives} {does:?}");
-            assert!(patience.is_none_or(|time| time <= STARTING && time > STARTING / 2));
+            assert!(patience.is_none_or(|time| time <= START_LIMIT && time > START_LIMIT / 2));
         }
         // However often it starts.
         assert_eq!(patience(true, None, Instant::now()), Some(Duration::ZERO));

@@ -107,10 +107,7 @@ mod tests {
             cannot: Some("it is not".to_owned()),
             command_line: command_line(functions),
             unknown: false,
-            reserved: reserves.then(|| {
-                let (needs, typed) = reserved_command_line(functions);
-                (needs, typed.to_owned())
-            }),
+            reserved: reserves.then(|| reserved_command_line(functions)),
         }
     }
 

@@ -56,10 +56,7 @@ impl Baseline {
     /// See [`LearnError`]. The baseline is as before then.
     pub fn learn(&mut self, session: &Session) -> Result<Learned, LearnError> {
         // What it has yet to see is found by a baseline too, while that is learnt.
-        if self.has_converged() {
-            not_caught(session, |_| true)?;
-        }
-        let other = Self::of(session)?;
+        let other = Self::taught(session, self.has_converged())?;
         if other
             .sessions
             .keys()
@@ -88,14 +85,24 @@ impl Baseline {
     /// # Errors
     /// See [`LearnError`].
     pub fn of(session: &Session) -> Result<Self, LearnError> {
+        Self::taught(session, false)
+    }
+
+    /// The same; `strictly` if warnings count too of what the guest was caught at.
+    fn taught(session: &Session, strictly: bool) -> Result<Self, LearnError> {
         if session.meta.state == State::Open {
             return Err(LearnError::Open);
         }
-        let only_warns = |kind: &FindingKind| {
+        let warns = |kind: &FindingKind| {
             let warning = Severity::Warning.text();
             matches!(kind, FindingKind::ControlFlow(flow) if flow.severity == warning)
         };
-        not_caught(session, |kind| !only_warns(kind))?;
+        let caught = session.findings()?;
+        let mut counts = caught.iter().map(|finding| &finding.kind);
+        if let Some(kind) = counts.find(|kind| strictly || !warns(kind)) {
+            let text = serde_json::to_string(kind).unwrap_or_default();
+            return Err(LearnError::NotClean(format!("it was caught at {text}")));
+        }
         let mut banners = session.meta.boots.iter().map(|boot| boot.banner.trim_end());
         let banner = banners.next().ok_or(LearnError::Empty)?;
         if let Some(other) = banners.find(|other| *other != banner) {
@@ -228,16 +235,6 @@ impl Function {
             from_modules: function.from_modules.keys().map(module).collect(),
         }
     }
-}
-
-/// That a session's guest was caught at none of what `counts`.
-fn not_caught(session: &Session, counts: impl Fn(&FindingKind) -> bool) -> Result<(), LearnError> {
-    let caught = session.findings()?;
-    let Some(finding) = caught.iter().find(|finding| counts(&finding.kind)) else {
-        return Ok(());
-    };
-    let text = serde_json::to_string(&finding.kind).unwrap_or_default();
-    Err(LearnError::NotClean(format!("it was caught at {text}")))
 }
 
 impl Band {

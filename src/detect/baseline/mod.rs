@@ -62,7 +62,7 @@ pub struct Baseline {
 }
 
 /// A session that was learnt.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Learnt {
     /// Calls that were seen in it.

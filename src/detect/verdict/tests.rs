@@ -169,14 +169,7 @@ fn what_is_new_to_a_baseline_is_learnt_until_it_has_seen_enough() {
             evidence: Value::Null,
         }));
         let mut known = Baseline::new(BANNER);
-        let learnt = |number: usize| {
-            let learnt = Learnt {
-                calls: 1,
-                lost: 0,
-                skipped: Skipped::default(),
-            };
-            (number.to_string(), learnt)
-        };
+        let learnt = |number: usize| (number.to_string(), Learnt::default());
         known.sessions = (0..sessions).map(learnt).collect();
         // Of sessions that teach nothing two are enough.
         assert_eq!(known.has_converged(), sessions >= 2);

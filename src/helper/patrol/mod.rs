@@ -29,6 +29,8 @@ mod notices;
 mod patience;
 mod round;
 
+pub(crate) use patience::START_LIMIT;
+
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 /// How long a kernel that says that it is starting is given, in all: so much, and of that
 /// one second comes back in [`REGAIN`] seconds in which one runs. It is not given anew
 /// with each boot.
-const START_LIMIT: Duration = Duration::from_secs(120);
+pub(crate) const START_LIMIT: Duration = Duration::from_secs(120);
 const REGAIN: u32 = 10;
 /// Without a look for so many intervals, and at least so long, the kernel is looked at
 /// where it was last, whatever it says.

@@ -18,9 +18,9 @@
 //! both have to be right. How long the instruction is, its bytes say ([`lengths`]): a
 //! shorter one than it is would run the rest of them as another.
 
-use super::{lengths, INT3, JUMP, WHAT};
+use super::{lengths, WHAT};
 use crate::integrity::owner::{Owner, Owners, KPROBE};
-use crate::integrity::text::{fill, jump, CALL};
+use crate::integrity::text::{fill, jump, CALL, INT3, JUMP};
 use crate::integrity::view::{Obstacle, View};
 use crate::kernel::btf::Structure;
 use crate::kernel::Gva;
@@ -108,12 +108,11 @@ impl Moved {
             None => self.emulate.0 == 0,
         };
         let size = usize::from(self.size);
-        let whole = original;
         let parts = self
             .code
             .as_ref()
             .and_then(|code| code.split_at_checked(size));
-        let (Some((copy, behind)), Some(original)) = (parts, original.get(..size)) else {
+        let (Some((copy, behind)), Some(taken)) = (parts, original.get(..size)) else {
             return false;
         };
         let goes_on = match behind {
@@ -121,9 +120,9 @@ impl Moved {
             _ => jumps(self.copy.wrapping_add(size as u64), behind, at, size as u64),
         };
         is_right
-            && lengths::is_one(whole, size)
+            && lengths::is_one(original, size)
             && goes_on
-            && is_copy(copy, original, self.copy.wrapping_sub(at))
+            && is_copy(copy, taken, self.copy.wrapping_sub(at))
             && owners.owner(view, self.copy) == Owner::Made(KPROBE.to_owned())
     }
 }

@@ -11,10 +11,10 @@ use std::ops::Range;
 use super::image::{Image, ImageFault};
 use crate::kernel::{Gva, Symbols};
 
-use patched::{Patcher, INT3};
+use patched::Patcher;
 use sites::Alternative;
 
-pub(super) use patched::{fill, jump, Guest, CALL};
+pub(super) use patched::{fill, jump, Guest, CALL, ENDBR64, INT3, JUMP, NO_ENDBR, RETURN};
 pub(super) use sites::Sites;
 
 /// The most places that are told of.

@@ -24,13 +24,14 @@ const REGISTERS: [&str; 16] = [
 ];
 
 pub(in crate::integrity) const CALL: u8 = 0xe8;
-const JUMP: u8 = 0xe9;
+pub(in crate::integrity) const JUMP: u8 = 0xe9;
 const SHORT_JUMP: u8 = 0xeb;
-const RETURN: u8 = 0xc3;
-pub(super) const INT3: u8 = 0xcc;
-const ENDBR64: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
+pub(in crate::integrity) const RETURN: u8 = 0xc3;
+pub(in crate::integrity) const INT3: u8 = 0xcc;
+pub(in crate::integrity) const ENDBR64: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
 /// What is put over it (`gen_endbr_poison`), and a NOP of four bytes.
-const NO_ENDBR: [[u8; 4]; 2] = [[0x66, 0x0f, 0x1f, 0x00], [0x0f, 0x1f, 0x40, 0x00]];
+pub(in crate::integrity) const NO_ENDBR: [[u8; 4]; 2] =
+    [[0x66, 0x0f, 0x1f, 0x00], [0x0f, 0x1f, 0x40, 0x00]];
 /// A prefix that means nothing to a branch.
 const CS: u8 = 0x2e;
 const LFENCE: [u8; 3] = [0x0f, 0xae, 0xe8];

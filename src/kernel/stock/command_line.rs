@@ -23,14 +23,19 @@ pub fn command_line<S: AsRef<str>>(functions: &[S]) -> String {
 /// The same for a ring buffer in memory that is reserved at boot: the parameters, and
 /// what is to be typed in the guest once it has booted, since no parameter sets the
 /// tracer of an instance.
-pub fn reserved_command_line<S: AsRef<str>>(functions: &[S]) -> (String, &'static str) {
+pub fn reserved_command_line<S: AsRef<str>>(functions: &[S]) -> (String, String) {
     (
         format!(
             "{} reserve_mem={RESERVED}:4096:xf trace_instance=xf@xf",
             filter(functions)
         ),
-        "echo function_graph > /sys/kernel/tracing/instances/xf/current_tracer",
+        set_tracer("xf"),
     )
+}
+
+/// What is to be typed in a guest, so that an instance records.
+pub(super) fn set_tracer(instance: &str) -> String {
+    format!("echo function_graph > /sys/kernel/tracing/instances/{instance}/current_tracer")
 }
 
 /// Whether parameters are of [`reserved_command_line`].

@@ -104,8 +104,8 @@ pub enum StockError {
     /// It has a ring in memory reserved at boot, which nothing is recorded into.
     #[error(
         "the guest's kernel has a ring buffer in memory reserved at boot, and no tracer for it: \
-         after each boot, type inside the guest, as root: echo function_graph > \
-         /sys/kernel/tracing/instances/{instance}/current_tracer"
+         after each boot, type inside the guest, as root: {}",
+        command_line::set_tracer(.instance)
     )]
     TracerNotSet {
         /// The instance, escaped.
