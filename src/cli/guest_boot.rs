@@ -19,17 +19,25 @@ pub(super) fn commands(parameters: &str) -> String {
         "mkdir -p /etc/default/grub.d && printf '%s\\n' {} > /etc/default/grub.d/xftrace.cfg    \
          (inside the guest, as root)\n\
          update-grub && reboot    (inside the guest too; where there is no update-grub, as on \
-         Fedora, instead of both: grubby --update-kernel=ALL --args={} && reboot)",
+         Fedora, instead of both: grubby --update-kernel=ALL --remove-args='{OURS}' --args={} && \
+         reboot)",
         shell_word(&line),
         shell_word(parameters)
     )
 }
 
+/// What xftrace has guests booted with, as grubby is told to remove it: memory that
+/// somebody else reserved stays.
+const OURS: &str = "ftrace=function_graph ftrace_graph_filter trace_buf_size \
+    reserve_mem=24M:4096:xf trace_instance=xf@xf";
+
 /// What undoes [`commands`] inside the guest.
-pub(super) fn undo() -> &'static str {
-    "rm /etc/default/grub.d/xftrace.cfg && update-grub && reboot    (inside the guest, as root; \
-     where there is no update-grub: grubby --update-kernel=ALL --remove-args='ftrace \
-     ftrace_graph_filter trace_buf_size reserve_mem trace_instance' && reboot)"
+pub(super) fn undo() -> String {
+    format!(
+        "rm /etc/default/grub.d/xftrace.cfg && update-grub && reboot    (inside the guest, as \
+         root; where there is no update-grub: grubby --update-kernel=ALL --remove-args='{OURS}' \
+         && reboot)"
+    )
 }
 
 /// As it stands between double quotes of a shell.
@@ -44,6 +52,7 @@ mod tests {
     use std::process::Command;
 
     use super::*;
+    use crate::kernel::stock;
 
     const OLD: &str = "ftrace=function trace_buf_size=1M ftrace_graph_filter=old";
     const NEW: &str = "ftrace=function_graph ftrace_graph_filter=a.b,c$d trace_buf_size=8M";
@@ -104,6 +113,23 @@ mod tests {
         std::fs::write(dir.path().join("default/grub"), "").expect("a file");
         typed(NEW, dir.path());
         assert!(command_line(dir.path()).ends_with(NEW));
-        assert!(commands(NEW).contains(&format!("grubby --update-kernel=ALL --args='{NEW}' &&")));
+        let grubby = format!("--remove-args='{OURS}' --args='{NEW}' &&");
+        assert!(commands(NEW).contains(&grubby));
+    }
+
+    /// Whichever ring it was booted with before, and nothing else.
+    #[test]
+    fn what_is_removed_is_all_that_was_put_there() {
+        let ours: Vec<&str> = OURS.split(' ').collect();
+        let (reserved, _) = stock::reserved_command_line(&["f"]);
+        let global = stock::command_line(&["f"]);
+        for parameter in global.split(' ').chain(reserved.split(' ')) {
+            let (name, _) = parameter.split_once('=').expect("a value");
+            assert!(
+                ours.contains(&parameter) || ours.contains(&name),
+                "{parameter}"
+            );
+        }
+        assert!(!ours.contains(&"reserve_mem"));
     }
 }

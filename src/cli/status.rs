@@ -85,6 +85,11 @@ fn print_image(out: &mut impl Write, path: &Path, image: &Image) -> std::io::Res
     writeln!(out, "  switch   {}", image.switch())
 }
 
+/// Of symbols that do not say where the kernel has its own.
+pub(super) const NOT_COMPARED: &str = "not compared with the kernel's own list of symbols, which \
+    they do not tell the place of (a saved /proc/kallsyms): only its banner says that they are \
+    those of this very build";
+
 /// How many findings are listed.
 const LISTED: usize = 5;
 
@@ -163,6 +168,7 @@ fn print(out: &mut impl Write, status: &Status) -> std::io::Result<()> {
             levels,
             silent_ms,
             symbols,
+            compared,
             mode,
             rivals,
             plain,
@@ -170,16 +176,26 @@ fn print(out: &mut impl Write, status: &Status) -> std::io::Result<()> {
             writeln!(out, "  kernel   {banner}")?;
             writeln!(out, "           slide {slide:#x}, {levels}-level paging, last sign of life {silent_ms} ms ago")?;
             writeln!(out, "  symbols  {}", symbols.display())?;
+            if !compared {
+                writeln!(out, "           {NOT_COMPARED}")?;
+            }
             writeln!(out, "  mode     {}", mode.text())?;
             if let Some(why) = rivals {
                 writeln!(out, "           not trusted: {why}")?;
             }
-            if let Some(why) = plain.as_ref().and_then(|plain| plain.cannot.as_ref()) {
+            let cannot = plain.as_ref().and_then(|plain| plain.cannot.as_ref());
+            if let Some(why) = cannot.filter(|_| status.awaited.is_none()) {
                 writeln!(out, "           cannot be traced as it is: {why}")?;
             }
         }
     }
     print_integrity(out, status.integrity.as_ref(), SystemTime::now())?;
+    if let Some(why) = &status.awaited {
+        writeln!(
+            out,
+            "  waits    the guest is traced as soon as it can be: {why}"
+        )?;
+    }
     let Some(trace) = &status.trace else {
         writeln!(out, "  trace    off")?;
         if let Some(last) = &status.last_session {

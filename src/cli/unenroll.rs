@@ -5,7 +5,7 @@ use std::io::Write;
 use anyhow::{bail, Context as _};
 
 use super::enroll::redefine;
-use super::{out, Context, Exit};
+use super::{guest_boot, out, Context, Exit};
 use crate::cli::args::UnenrollArgs;
 use crate::libvirt::connection::{Connection, Mode};
 use crate::libvirt::xml::unenroll;
@@ -38,6 +38,14 @@ pub(super) fn run(context: &Context, args: &UnenrollArgs) -> anyhow::Result<Exit
         "Domain '{}' is no longer enrolled; its XML is as it was before.",
         domain.name()
     )?;
+    // What was typed inside the guest then, nobody here can know.
+    if !domain.persistent()??.boots_kernel {
+        writeln!(
+            out,
+            "If it was booted for mode plain, undo that inside the guest:\n  {}",
+            guest_boot::undo()
+        )?;
+    }
     if domain.is_active()? {
         domain.set_live_metadata(None)?;
         writeln!(

@@ -7,7 +7,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::kernel::stock::{command_line, reserved_command_line, Stock};
+use crate::kernel::stock::{command_line, reserved_command_line, set_tracer, Stock, StockError};
 use crate::kernel::FtraceNameError;
 use crate::ram::GuestRam;
 
@@ -97,16 +97,22 @@ fn look(ram: &dyn GuestRam, guest: &Guest, stock: &Stock, functions: &[String]) 
             functions: booted.to_string(),
         })
     };
-    let (ring, cannot) = match seen() {
+    let (ring, why) = match seen() {
         Ok(ring) => (Some(ring), None),
-        Err(why) => (None, Some(format!("{why:#}"))),
+        Err(why) => (None, Some(why)),
+    };
+    let stock_why = why.as_ref().and_then(|why| why.downcast_ref());
+    let to_type = match stock_why {
+        Some(StockError::TracerNotSet { instance }) => Some(set_tracer(instance)),
+        _ => None,
     };
     PlainBoot {
         ring,
-        cannot,
+        cannot: why.map(|why| format!("{why:#}")),
         command_line: command_line(functions),
         unknown,
         reserved: stock.can_reserve.then(|| reserved_command_line(functions)),
+        to_type,
     }
 }
 
@@ -130,6 +136,7 @@ mod tests {
                     command_line: command_line(&functions),
                     unknown: false,
                     reserved: None,
+                    to_type: None,
                 }
             });
             looked

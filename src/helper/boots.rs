@@ -1,19 +1,20 @@
 //! What the engine does when it has found a kernel: the next boot of the
 //! session that is open, or of one that another helper left open, or what the
-//! domain is to be traced for from its start.
+//! domain is to be traced for from its start. A kernel that is not ready for that is
+//! waited for (`awaited`).
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::UNIX_EPOCH;
+use std::time::{Instant, UNIX_EPOCH};
 
 use crate::kernel::control::SwitchState;
 use crate::libvirt::run_dir::RunDir;
-use crate::session::{EndReason, Meta, Mode, State, META_FILE};
+use crate::session::{EndReason, Finding, FindingKind, Meta, Mode, State, META_FILE};
 
 use super::engine::Engine;
 use super::place;
 use super::trace::Trace;
-use super::watch::Guest;
+use super::watch::{wall_ns, Guest};
 
 /// How often it is tried to go on with a session before it is closed.
 const RESUME_TRIES: u32 = 3;
@@ -32,11 +33,25 @@ enum Resumed {
 }
 
 impl Engine {
-    /// Sees to a kernel that was found since this was called last.
+    /// Sees to a kernel that was found since this was called last, or that was to be
+    /// waited for.
     pub(super) fn attend_boot(&mut self) -> anyhow::Result<()> {
-        match std::mem::take(&mut self.boot_due) {
-            true => self.booted(),
-            false => Ok(()),
+        let now = Instant::now();
+        if std::mem::take(&mut self.boot_due) {
+            return self.booted();
+        }
+        match &mut self.awaited {
+            Some(awaited) if awaited.is_due(now) => {
+                let long = awaited.is_to_be_told(now);
+                if let (true, Some(trace)) = (long, &mut self.trace) {
+                    trace.finding(Finding {
+                        wall_ns: wall_ns(),
+                        kind: FindingKind::TracerOff,
+                    });
+                }
+                self.go_on()
+            }
+            _ => Ok(()),
         }
     }
 
@@ -74,6 +89,21 @@ impl Engine {
                 self.end_trace(EndReason::TooManyBoots);
                 return Ok(());
             }
+        }
+        self.go_on()
+    }
+
+    /// Goes on with what the kernel that was found is to be traced for, or begins it: at
+    /// once, or as soon as that can be.
+    fn go_on(&mut self) -> anyhow::Result<()> {
+        let Some(guest) = self.watch.known_guest().cloned() else {
+            return Ok(());
+        };
+        let due = self.due(&guest);
+        if self.has_to_wait(&guest, &due) {
+            return Ok(());
+        }
+        if let Some(trace) = &mut self.trace {
             trace.boot(&guest, &self.watch)?;
             return match self.switch_again() {
                 // It was reset once more meanwhile: the next boot is told of.
@@ -89,19 +119,60 @@ impl Engine {
         }
         let resumed = self.resume(&guest)?;
         self.start_done = true;
-        if resumed {
-            return Ok(());
-        }
-        if self
-            .enrolment
-            .as_ref()
-            .is_some_and(|wanted| wanted.at_start)
-        {
+        if !resumed && self.is_traced_at_start() {
             if let Err(error) = self.on(Vec::new(), None, None, &|_| ()) {
                 log::error!("tracing from the start of the domain failed: {error:#}");
             }
         }
         Ok(())
+    }
+
+    /// The functions that the guest is to be traced for without being asked; none if it
+    /// is not to be.
+    fn due(&self, guest: &Guest) -> Vec<String> {
+        if self.trace.is_some() {
+            return self.wanted.clone().unwrap_or_default();
+        }
+        if self.start_done {
+            return Vec::new();
+        }
+        let sessions = self.sessions();
+        let mut left = sessions.iter().filter_map(|dir| Meta::load(dir).ok());
+        match (left.find(|meta| self.is_left(meta, guest)), &self.enrolment) {
+            (Some(meta), _) => meta.functions().to_vec(),
+            (None, Some(wanted)) if wanted.at_start => wanted.functions.clone(),
+            (None, _) => Vec::new(),
+        }
+    }
+
+    /// What was to be traced as soon as it can be is not any more. Whether there was
+    /// such a thing.
+    pub(super) fn call_off(&mut self) -> bool {
+        let guest = self.watch.known_guest().cloned();
+        let (Some(_), Some(guest)) = (self.awaited.take(), guest) else {
+            return false;
+        };
+        self.start_done = true;
+        for dir in self.sessions() {
+            if let Some(meta) = Meta::load(&dir).ok().filter(|at| self.is_left(at, &guest)) {
+                self.abandoned(dir, meta, EndReason::Off);
+            }
+        }
+        true
+    }
+
+    fn is_traced_at_start(&self) -> bool {
+        let wanted = self.enrolment.as_ref();
+        wanted.is_some_and(|wanted| wanted.at_start)
+    }
+
+    /// Whether a session is one that a helper of this QEMU process left open, which this
+    /// guest can go on with.
+    fn is_left(&self, meta: &Meta, guest: &Guest) -> bool {
+        meta.state == State::Open
+            && meta.uuid == self.domain.uuid
+            && meta.qemu == self.attached.qemu
+            && meta.mode == guest.link.mode()
     }
 
     /// Goes on with a session that a helper of this same QEMU process left
@@ -115,7 +186,7 @@ impl Engine {
             if meta.state == State::Closed || meta.uuid != self.domain.uuid {
                 continue;
             }
-            if meta.qemu != self.attached.qemu || meta.mode != guest.link.mode() || resumed {
+            if resumed || !self.is_left(&meta, guest) {
                 self.abandoned(dir, meta, EndReason::HelperGone);
                 continue;
             }

@@ -18,6 +18,7 @@ use crate::libvirt::run_dir::RunDir;
 use crate::libvirt::xml::DomainXml;
 use crate::session::{domain_dir, DomainFindings, EndReason, Finding, FindingKind, Meta};
 
+use super::awaited::Awaited;
 use super::booted::BootLook;
 use super::graphs::Graphs;
 use super::notify::Notifier;
@@ -82,6 +83,8 @@ pub(super) struct Engine {
     pub(super) start_done: bool,
     /// A kernel was found and not yet seen to.
     pub(super) boot_due: bool,
+    /// What keeps the kernel that was found from being traced as it is to be.
+    pub(super) awaited: Option<Awaited>,
     boot_look: BootLook,
     pub(super) last_session: Option<PathBuf>,
     pub(super) said: RateLimit,
@@ -121,6 +124,7 @@ impl Engine {
                 why: "not looked yet".to_owned(),
             },
             integrity: None,
+            awaited: None,
             trace: None,
             last_session: None,
         };
@@ -158,6 +162,7 @@ impl Engine {
             told_off: None,
             start_done: false,
             boot_due: false,
+            awaited: None,
             boot_look: BootLook::default(),
             last_session: None,
             said: RateLimit::new(3, Duration::from_secs(60)),
@@ -289,11 +294,15 @@ impl Engine {
                 if let Some(again) = self.boots_said.say() {
                     log::warn!("the guest was reset{again}");
                 }
+                self.awaited = None;
                 if let Some(trace) = &mut self.trace {
                     trace.guest_gone();
                 }
             }
-            Seen::Booted => self.boot_due = true,
+            Seen::Booted => {
+                self.awaited = None;
+                self.boot_due = true;
+            }
         }
         Ok(seen)
     }
@@ -353,6 +362,7 @@ impl Engine {
     /// Closes the session as it is, without the guest's help.
     pub(super) fn end_trace(&mut self, end: EndReason) {
         self.wanted = None;
+        self.awaited = None;
         let _ = self.drain_rest();
         if let Some(trace) = self.trace.take() {
             let closed = trace.close(end, &self.watch);
@@ -413,6 +423,7 @@ impl Engine {
                 GuestStatus::Alive {
                     banner: guest.kernel.banner.trim_end().escape_debug().to_string(),
                     symbols: guest.symbols_path.clone(),
+                    compared: guest.symbols.tell_of_kallsyms(),
                     slide: guest.kernel.slide,
                     levels: guest.kernel.levels,
                     silent_ms: self.watch.silent().as_millis() as u64,
@@ -444,6 +455,8 @@ impl Engine {
         status.memory.clone_from(&self.attached.files);
         status.guest = guest;
         status.integrity = self.patrol.as_mut().map(Patrol::status);
+        let awaited = self.awaited.as_ref();
+        status.awaited = awaited.map(|awaited| awaited.why.clone());
         status.trace = trace;
         status.last_session.clone_from(&self.last_session);
     }

@@ -23,6 +23,7 @@
 //! guest's end is its own.
 
 mod attach;
+mod awaited;
 mod booted;
 mod boots;
 mod candidates;
@@ -41,6 +42,7 @@ mod place;
 pub mod protocol;
 mod ratelimit;
 mod requests;
+mod rest;
 mod run;
 mod sentry;
 mod server;

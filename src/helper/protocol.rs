@@ -102,6 +102,9 @@ pub struct Status {
     pub guest: GuestStatus,
     /// How its memory is checked; none where it is not to be.
     pub integrity: Option<IntegrityStatus>,
+    /// Why the guest's kernel is not traced yet that is to be, since its start or since
+    /// it was booted again.
+    pub awaited: Option<String>,
     /// The trace, where one is on.
     pub trace: Option<TraceStatus>,
     /// The newest session that is closed.
@@ -123,6 +126,9 @@ pub enum GuestStatus {
         banner: String,
         /// Where its symbols come from.
         symbols: PathBuf,
+        /// Whether they tell where the kernel's own list of symbols is, with which they
+        /// were compared then. Otherwise only its banner says that they are its own.
+        compared: bool,
         /// Run-time address minus link-time address.
         slide: u64,
         /// Levels of its page tables.
@@ -153,6 +159,9 @@ pub struct PlainBoot {
     /// The same for a ring buffer in memory that is reserved at boot, and what to type
     /// in the guest then; none where its kernel cannot have that.
     pub reserved: Option<(String, String)>,
+    /// What to type in the guest now: it was booted with such a ring, which has no
+    /// tracer yet.
+    pub to_type: Option<String>,
 }
 
 /// The ring buffer that a guest without the patch records into.

@@ -98,6 +98,10 @@ impl Engine {
                  or enroll the domain with --functions"
             );
         }
+        // What was to be waited for may be there by now.
+        if let Some(awaited) = &mut self.awaited {
+            awaited.hurry();
+        }
         let (names, addresses) = self.resolve(&functions)?;
         let guest = self.alive()?;
         if let Some(rivals) = self.watch.rivals() {
@@ -181,6 +185,12 @@ impl Engine {
     /// The call flow is yet to be written.
     fn off(&mut self, end: EndReason, progress: &dyn Fn(String)) -> Result<Off, Refusal> {
         if self.trace.is_none() {
+            if self.call_off() {
+                anyhow::bail!(
+                    "no trace is on; the one that was to begin as soon as the guest's kernel can \
+                     be traced is called off"
+                );
+            }
             return Err(match self.settle(progress) {
                 Ok(true) => anyhow::anyhow!(
                     "no trace is on; the guest's tracer was, from a trace that ended without it, \
@@ -218,6 +228,7 @@ impl Engine {
             anyhow::bail!("the session was ended");
         };
         self.wanted = None;
+        self.awaited = None;
         let closed = trace.close(end, &self.watch);
         let counters = closed.meta.counters;
         let dir = self.closed(closed);

@@ -27,7 +27,6 @@ mod gates;
 mod live;
 mod loads;
 mod modules;
-mod rest;
 
 use found::Judging;
 use live::Live;

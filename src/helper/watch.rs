@@ -279,7 +279,7 @@ impl Watch {
     /// of; and why there may be none.
     fn kernels(&mut self, ram: &dyn GuestRam) -> Result<(Vec<Candidate>, String), RamError> {
         let Fitting { mut found, mut why } = self.sources.fitting(ram)?;
-        found.sort_by_key(|(_, symbols)| symbols.address("kallsyms_offsets").is_none());
+        found.sort_by_key(|(_, symbols)| !symbols.tell_of_kallsyms());
         let mut there = Vec::new();
         for (path, symbols) in found {
             let known = self.candidates.known();

@@ -132,12 +132,7 @@ pub(super) fn compare_functions(
     functions: &Functions,
     image: Image,
 ) -> FunctionTable {
-    let tables = [
-        "kallsyms_num_syms",
-        "kallsyms_offsets",
-        "kallsyms_relative_base",
-    ];
-    if tables.iter().any(|name| symbols.address(name).is_none()) {
+    if !symbols.tell_of_kallsyms() {
         return FunctionTable::Unknown;
     }
     // Where the tables should be and cannot be read, nothing is the same.
@@ -145,6 +140,19 @@ pub(super) fn compare_functions(
         FunctionTable::Same
     } else {
         FunctionTable::Other
+    }
+}
+
+impl Symbols {
+    /// Whether they tell where the kernel's own list of its symbols lies, so that the two
+    /// can be compared. A saved /proc/kallsyms does not.
+    pub fn tell_of_kallsyms(&self) -> bool {
+        let tables = [
+            "kallsyms_num_syms",
+            "kallsyms_offsets",
+            "kallsyms_relative_base",
+        ];
+        tables.iter().all(|name| self.address(name).is_some())
     }
 }
 

@@ -37,4 +37,5 @@ mod syslog;
 mod trace;
 mod traced;
 mod turns;
+mod waits;
 mod watch;

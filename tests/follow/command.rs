@@ -184,6 +184,7 @@ fn status(session: Option<PathBuf>) -> Status {
         memory: Vec::new(),
         guest: GuestStatus::Searching { why: "test".into() },
         integrity: None,
+        awaited: None,
         trace: session.map(trace),
         last_session: None,
     }

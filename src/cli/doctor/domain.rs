@@ -1,13 +1,15 @@
 //! What a domain needs.
 
+use std::path::Path;
 use std::time::Duration;
 
 use nix::sys::statfs::{fstatfs, HUGETLBFS_MAGIC, TMPFS_MAGIC};
 
-use super::host::into_memory;
+use super::host::{into_memory, room};
 use super::Report;
 use crate::cli::client;
 use crate::cli::enroll_command::enroll_command;
+use crate::cli::status::NOT_COMPARED;
 use crate::config::Config;
 use crate::helper::protocol::{GuestStatus, Reply, Request, Status};
 use crate::libvirt::connection::{Connection, ConnectionError, Domain};
@@ -59,6 +61,9 @@ pub(super) fn check(
     match domain.is_active()? {
         true => running(config, connection, &domain, next.as_ref(), &name, report),
         false => {
+            if let Some(next) = next.filter(|next| memory(next) == "shared file") {
+                room(config, next.memory, report);
+            }
             report.missing("a running guest", format!("virsh start {name}"));
             Ok(())
         }
@@ -220,20 +225,22 @@ fn kernel(status: &Status, live: &DomainXml, name: &str, report: &mut Report) {
         GuestStatus::Alive {
             banner,
             symbols,
+            compared,
             mode: Mode::Keyed,
             ..
         } => {
-            report.ok(format!("symbols {}", symbols.display()));
+            fitting(symbols, *compared, live, name, report);
             report.ok(format!("its kernel has xftrace's patch: {banner}"));
         }
         GuestStatus::Alive {
             banner,
             symbols,
+            compared,
             mode: Mode::Plain,
             plain,
             ..
         } => {
-            report.ok(format!("symbols {}", symbols.display()));
+            fitting(symbols, *compared, live, name, report);
             report.ok(format!(
                 "its kernel has no xftrace patch, mode {}: {banner}",
                 Mode::Plain.text()
@@ -250,6 +257,14 @@ fn kernel(status: &Status, live: &DomainXml, name: &str, report: &mut Report) {
                 take_symbols(live, name)
             ),
         ),
+    }
+}
+
+/// The symbols by which the guest's kernel was found.
+fn fitting(path: &Path, compared: bool, live: &DomainXml, name: &str, report: &mut Report) {
+    report.ok(format!("symbols {}", path.display()));
+    if !compared {
+        report.advice(NOT_COMPARED, take_symbols(live, name));
     }
 }
 

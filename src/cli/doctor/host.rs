@@ -5,7 +5,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use nix::sys::statfs::{statfs, FsType, HUGETLBFS_MAGIC, TMPFS_MAGIC};
+use nix::sys::statfs::{statfs, Statfs, HUGETLBFS_MAGIC, TMPFS_MAGIC};
 
 use super::{daemon, Report};
 use crate::cli::Context;
@@ -157,7 +157,8 @@ fn backing_dir(config: &Config, report: &mut Report) {
         }
     };
     let dir = setting(&text, "memory_backing_dir").unwrap_or_else(|| DEFAULT_BACKING_DIR.into());
-    match file_system(Path::new(&dir)) {
+    let held = file_system(Path::new(&dir));
+    match held.map(|held| held.filesystem_type()) {
         Some(kind) if kind == TMPFS_MAGIC || kind == HUGETLBFS_MAGIC => {
             report.ok(format!("memory files go to memory, in {dir}"));
         }
@@ -166,6 +167,39 @@ fn backing_dir(config: &Config, report: &mut Report) {
             into_memory(conf),
         ),
     }
+}
+
+/// Whether a domain that is off finds room for its memory where memory files go. Its
+/// QEMU would start all the same, and be killed when the guest touches more than there is.
+pub(super) fn room(config: &Config, memory: u64, report: &mut Report) {
+    let text = fs::read_to_string(&config.paths.qemu_conf).unwrap_or_default();
+    let dir = setting(&text, "memory_backing_dir").unwrap_or_else(|| DEFAULT_BACKING_DIR.into());
+    let Some(held) = file_system(Path::new(&dir)) else {
+        return;
+    };
+    let block = u64::try_from(held.block_size()).unwrap_or(0);
+    let free = held.blocks_available().saturating_mul(block);
+    // One that is not limited says 0.
+    if held.blocks() == 0 || memory <= free {
+        return;
+    }
+    let mend = match held.filesystem_type() == TMPFS_MAGIC {
+        true => format!(
+            "mount -o remount,size=90% {}    (of the host's memory; a line for it in /etc/fstab \
+             keeps it so)",
+            shell_word(&dir)
+        ),
+        false => format!("df -h {}", shell_word(&dir)),
+    };
+    report.advice(
+        format!(
+            "room for its memory in {dir}: it has {} MiB, and {} MiB are free there; a guest that \
+             touches more dies",
+            memory >> 20,
+            free >> 20
+        ),
+        mend,
+    );
 }
 
 /// Has libvirt put memory files into memory, whatever the file said before.
@@ -178,10 +212,9 @@ pub(super) fn into_memory(conf: &Path) -> String {
     )
 }
 
-/// The type of the file system in which a path is or would be.
-fn file_system(path: &Path) -> Option<FsType> {
-    let mut there = path.ancestors().filter_map(|dir| statfs(dir).ok());
-    there.next().map(|found| found.filesystem_type())
+/// The file system in which a path is or would be.
+fn file_system(path: &Path) -> Option<Statfs> {
+    path.ancestors().find_map(|dir| statfs(dir).ok())
 }
 
 /// A setting of a libvirt configuration file: `name = "value"`.
@@ -221,7 +254,33 @@ mod tests {
 
     #[test]
     fn tells_memory_from_disk_also_for_what_is_not_there_yet() {
-        assert_eq!(file_system(Path::new("/dev/shm/a/b/c")), Some(TMPFS_MAGIC));
-        assert_ne!(file_system(Path::new("/proc/no/such")), Some(TMPFS_MAGIC));
+        let kind = |path| file_system(Path::new(path)).map(|held| held.filesystem_type());
+        assert_eq!(kind("/dev/shm/a/b/c"), Some(TMPFS_MAGIC));
+        assert_ne!(kind("/proc/no/such"), Some(TMPFS_MAGIC));
+    }
+
+    #[test]
+    fn a_guest_with_more_memory_than_there_is_room_for_is_told_of() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let mut config = Config::default();
+        config.paths.qemu_conf = dir.path().join("qemu.conf");
+        fs::write(&config.paths.qemu_conf, "memory_backing_dir = \"/dev/shm\"").expect("a file");
+        let said = |memory| {
+            let mut report = Report::default();
+            room(&config, memory, &mut report);
+            report.checks.pop()
+        };
+        assert!(said(1 << 20).is_none());
+        let advice = said(1 << 60).expect("advice");
+        assert!(
+            advice.what.contains("it has 1099511627776 MiB"),
+            "{}",
+            advice.what
+        );
+        let mend = advice.mend.expect("a command");
+        assert!(
+            mend.starts_with("mount -o remount,size=90% /dev/shm"),
+            "{mend}"
+        );
     }
 }

@@ -52,7 +52,11 @@ fn boot_with(boot: &PlainBoot, live: &DomainXml, name: &str) -> String {
         wanted.cmdline = Some(needs.to_owned());
         enroll_command(name, &wanted)
     };
-    // It was booted for that, or is to be: what is missing is typed inside it.
+    // It was booted for that: what is missing is typed inside it.
+    if let Some(typed) = &boot.to_type {
+        return format!("{typed}    (inside the guest, as root, after each boot)");
+    }
+    // Or is to be.
     let is_enrolled = |trace: &Trace| trace.cmdline.as_deref().is_some_and(is_reserved);
     if let (Some((needs, typed)), true) =
         (&boot.reserved, live.trace.as_ref().is_some_and(is_enrolled))
@@ -108,6 +112,7 @@ mod tests {
             command_line: command_line(functions),
             unknown: false,
             reserved: reserves.then(|| reserved_command_line(functions)),
+            to_type: None,
         }
     }
 
@@ -139,7 +144,7 @@ mod tests {
             mend.starts_with("mkdir -p /etc/default/grub.d && "),
             "{mend}"
         );
-        assert!(!mend.contains("reserve_mem"), "{mend}");
+        assert!(!mend.contains("\n(or "), "{mend}");
     }
 
     /// With nothing in it, a filter lets through every function of the kernel.
@@ -190,6 +195,18 @@ mod tests {
         assert!(mend.starts_with(&format!("{typed}    (inside")), "{mend}");
         assert!(!mend.contains("ftrace=function_graph "), "{mend}");
         assert!(mend.contains("--plain=reserved"), "{mend}");
+    }
+
+    /// However it came to its command line.
+    #[test]
+    fn a_ring_without_a_tracer_is_given_one_inside_the_guest() {
+        let mut boot = boot(&["vfs_read"], true);
+        boot.to_type = Some("echo it".to_owned());
+        let (_, mend) = said(&boot, &domain("", "functions='vfs_read'"));
+        assert_eq!(
+            mend,
+            "echo it    (inside the guest, as root, after each boot)"
+        );
     }
 
     #[test]

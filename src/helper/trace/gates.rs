@@ -22,8 +22,8 @@ use crate::ram::GuestRam;
 use crate::session::FindingKind;
 
 use super::super::ratelimit::RateLimit;
+use super::super::rest::Rest;
 use super::super::watch::{Guest, Watch};
-use super::rest::Rest;
 use super::{Trace, HOLD_AFTER};
 
 /// How often they are looked at.

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use crate::kernel::{Gva, KallsymsError, Module, ModuleFunctions};
 use crate::session::{Listed, ModuleSymbols};
 
-use super::rest::Rest;
+use super::super::rest::Rest;
 
 /// How often a module's symbols are tried where they cannot be read,
 const TRIES: u32 = 5;

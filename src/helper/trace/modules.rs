@@ -13,9 +13,9 @@ use crate::ram::GuestRam;
 use crate::session::{ModuleLook, ModuleSymbols, SETTLE, UNSURE_NS};
 
 use super::super::ratelimit::RateLimit;
+use super::super::rest::{turn, Rest};
 use super::super::watch::{Guest, Watch};
 use super::loads::Loads;
-use super::rest::{turn, Rest};
 use super::{Trace, HOLD_AFTER};
 
 /// How often the list is looked at: sooner than a record settles, so that a record

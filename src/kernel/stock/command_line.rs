@@ -33,8 +33,14 @@ pub fn reserved_command_line<S: AsRef<str>>(functions: &[S]) -> (String, String)
     )
 }
 
-/// What is to be typed in a guest, so that an instance records.
-pub(super) fn set_tracer(instance: &str) -> String {
+/// What is to be typed in a guest, so that an instance records. The name is the guest's
+/// word: one that a shell could take for more than a name is not repeated.
+pub(crate) fn set_tracer(instance: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    let instance = match instance.chars().all(plain) {
+        true => instance,
+        false => "INSTANCE",
+    };
     format!("echo function_graph > /sys/kernel/tracing/instances/{instance}/current_tracer")
 }
 
@@ -50,4 +56,17 @@ fn filter<S: AsRef<str>>(functions: &[S]) -> String {
         names => names.join(","),
     };
     format!("ftrace_graph_filter={names}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_puts_no_command_into_what_is_to_be_typed() {
+        assert!(set_tracer("my_ring-1.2").contains("/instances/my_ring-1.2/"));
+        for name in ["x; reboot", "$(x)", "a/../b", "x`y`", "a\\nb", "a'b"] {
+            assert!(set_tracer(name).contains("/instances/INSTANCE/"), "{name}");
+        }
+    }
 }

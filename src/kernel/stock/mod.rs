@@ -40,6 +40,7 @@ use super::btf::{Btf, BtfError};
 use super::{Gva, Kernel, Symbols, WalkError};
 
 pub use booted::Booted;
+pub(crate) use command_line::set_tracer;
 pub use command_line::{command_line, is_reserved, reserved_command_line};
 pub use layout::{CallFormat, GraphFormat, ReturnFormat, Slot};
 pub use rings::TraceArray;
@@ -105,7 +106,7 @@ pub enum StockError {
     #[error(
         "the guest's kernel has a ring buffer in memory reserved at boot, and no tracer for it: \
          after each boot, type inside the guest, as root: {}",
-        command_line::set_tracer(.instance)
+        set_tracer(.instance)
     )]
     TracerNotSet {
         /// The instance, escaped.
@@ -114,15 +115,17 @@ pub enum StockError {
     /// Its ring is too small to be read in time.
     #[error(
         "the guest's ring buffer has {kb} KiB for each CPU, which it writes over before it can \
-         be read; {} KiB are the least: boot it with '{command_line}' on its kernel command line \
-         (or make buffer_size_kb larger inside the guest)",
-        rings::SMALLEST_KB
+         be read; {} KiB are the least: boot it with '{command_line}' on its kernel command line{}",
+        rings::SMALLEST_KB,
+        if *.reserved { "" } else { " (or make buffer_size_kb larger inside the guest)" }
     )]
     RingTooSmall {
         /// How large it is.
         kb: u64,
         /// What to boot it with.
         command_line: String,
+        /// Whether it lies in memory reserved at boot, and so cannot become larger.
+        reserved: bool,
     },
     /// It traces other functions than those asked for.
     #[error(

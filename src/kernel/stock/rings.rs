@@ -7,7 +7,7 @@ use crate::ram::{Gpa, GuestRam, PAGE_SIZE};
 use super::super::control::RingLayout;
 use super::super::escape::escape;
 use super::super::Gva;
-use super::{command_line, lost, Stock, StockError, RB_BUFFER_OFF};
+use super::{command_line, lost, reserved_command_line, Stock, StockError, RB_BUFFER_OFF};
 
 /// A ring of less, for each CPU, is written over between two looks.
 pub(super) const SMALLEST_KB: u64 = 64;
@@ -233,7 +233,11 @@ impl Stock {
         if found.kb < SMALLEST_KB {
             return Err(StockError::RingTooSmall {
                 kb: found.kb,
-                command_line: command_line(functions),
+                command_line: match found.boot_mapped {
+                    true => reserved_command_line(functions).0,
+                    false => command_line(functions),
+                },
+                reserved: found.boot_mapped,
             });
         }
         Ok(found)

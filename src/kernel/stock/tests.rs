@@ -388,6 +388,12 @@ fn a_ring_that_is_too_small_is_told_with_what_to_boot() {
     let said = refusal(&small);
     assert!(said.contains("has 8 KiB for each CPU"), "{said}");
     assert!(said.contains("trace_buf_size="), "{said}");
+    // One in memory reserved at boot stays as large as it is.
+    small.poke(INSTANCE + 40, TRACER);
+    let said = refusal(&small);
+    assert!(said.contains("reserve_mem="), "{said}");
+    assert!(!said.contains("trace_buf_size"), "{said}");
+    assert!(!said.contains("buffer_size_kb"), "{said}");
 }
 
 #[test]
@@ -397,7 +403,10 @@ fn a_tracer_that_does_not_run_is_told_with_what_to_boot() {
     // A ring in memory reserved at boot was set up to be used.
     let said = refusal(&nop);
     assert!(said.contains("no tracer for it"), "{said}");
-    assert!(said.contains("/instances/x\\x1bf/current_tracer"), "{said}");
+    assert!(
+        said.contains("/instances/INSTANCE/current_tracer"),
+        "{said}"
+    );
     nop.poke(DATA, GLOBAL);
     let said = refusal(&nop);
     assert!(said.contains("current tracer is 'nop'"), "{said}");

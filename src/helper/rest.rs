@@ -15,9 +15,14 @@ impl Rest {
     }
 
     /// It was done in this time.
-    pub(super) fn after(&mut self, (begun, now): (Instant, Instant)) {
+    pub(super) fn after(&mut self, times: (Instant, Instant)) {
+        self.at_least(times, Duration::ZERO);
+    }
+
+    /// The same, and it is not done again before `least` has passed.
+    pub(super) fn at_least(&mut self, (begun, now): (Instant, Instant), least: Duration) {
         let took = now.saturating_duration_since(begun);
-        self.0 = now.checked_add(took.saturating_mul(SHARE - 1));
+        self.0 = now.checked_add(least.max(took.saturating_mul(SHARE - 1)));
     }
 
     /// Nobody else has to have a share any more.

@@ -1,0 +1,126 @@
+//! Guests without the patch that are not ready to be traced when their kernel is found:
+//! they are traced as soon as they are, from their start and after a reboot.
+
+use nix::sys::signal::{kill, Signal};
+use nix::unistd::Pid;
+use std::time::Duration;
+use xftrace::helper::protocol::{GuestStatus, Status};
+use xftrace::kernel::stock::reserved_command_line;
+use xftrace::session::{list, Meta, Mode, State};
+use xftrace_lab::{wait_for, Backing, Domain, Guest};
+
+use crate::lab::TestGuest;
+use crate::lifecycle::{reads_of, recorded_reads};
+use crate::traced::Traced;
+
+const SOON: Duration = Duration::from_secs(60);
+/// What doctor, `status` and `on` say of a reserved ring without a tracer.
+const TO_TYPE: &str = "type inside the guest, as root: echo function_graph";
+
+fn start(name: &str, kernel: &str, ring: &str) -> Traced {
+    let guest = TestGuest::define(&Domain {
+        kernel: kernel.to_owned(),
+        backing: Backing::File,
+        memory: 384,
+        ..Domain::new(name)
+    });
+    let at_start = ["--at-start", "--functions", "sys_read", ring];
+    Traced::start_with(guest, &at_start)
+}
+
+/// Whether boot `number` of the session is being recorded.
+fn is_traced(status: &Status, number: u32) -> bool {
+    let trace = status.trace.as_ref();
+    status.awaited.is_none()
+        && trace.is_some_and(|trace| trace.boot == number && !trace.functions.is_empty())
+}
+
+/// Waits until the guest's tracer has to be set, which somebody does.
+fn awaited(traced: &Traced, is_open: bool) {
+    traced.until("a guest that is waited for", |status| {
+        let waits = |why: &String| why.contains(TO_TYPE);
+        status.awaited.as_ref().is_some_and(waits) && status.trace.is_some() == is_open
+    });
+}
+
+fn set_tracer(traced: &Traced) {
+    traced.sh(&reserved_command_line(&["__x64_sys_read"]).1);
+}
+
+/// Ends the trace, in which a process of each of two boots has read so often.
+fn both_boots_are_whole(traced: &Traced, pids: [i32; 2], helpers: u64) {
+    let session = traced.off();
+    let meta = &session.meta;
+    assert_eq!((meta.mode, meta.boots.len()), (Mode::Plain, 2));
+    assert_ne!(meta.boots[0].boot_id, meta.boots[1].boot_id);
+    assert_eq!(recorded_reads(&session, 1, pids[0]), 2000);
+    assert_eq!(recorded_reads(&session, 2, pids[1]), 1000);
+    // What the first boot left in memory is no part of the second one.
+    if pids[0] != pids[1] {
+        assert_eq!(recorded_reads(&session, 2, pids[0]), 0);
+    }
+    let counters = meta.counters;
+    assert_eq!((counters.forged, counters.lost_places), (0, 0));
+    assert_eq!(counters.resumed, helpers);
+    assert_eq!(list(&traced.lab().sessions(traced.name())).len(), 1);
+}
+
+#[test]
+fn a_plain_guest_is_traced_from_its_start_and_after_a_reboot() {
+    let traced = start("plain-boots", "stock-6.1-cloud", "--plain");
+    traced.until("a trace", |status| is_traced(status, 1));
+    let first = reads_of(&traced, 2000);
+    traced.reboot().unwrap();
+    traced.until("its next boot", |status| is_traced(status, 2));
+    let second = reads_of(&traced, 1000);
+    both_boots_are_whole(&traced, [first, second], 0);
+}
+
+#[test]
+fn a_reserved_ring_is_traced_as_soon_as_its_tracer_is_set_in_each_boot() {
+    let traced = start("reserved-boots", "stock-6.12-cloud", "--plain=reserved");
+    awaited(&traced, false);
+    let status = traced.command(&["status"]).output().unwrap();
+    let status = String::from_utf8_lossy(&status.stdout).into_owned();
+    assert_eq!(status.matches(TO_TYPE).count(), 1, "{status}");
+    set_tracer(&traced);
+    traced.until("a trace", |status| is_traced(status, 1));
+    let first = reads_of(&traced, 2000);
+
+    traced.reboot().unwrap();
+    awaited(&traced, true);
+    // The next helper waits too.
+    let helper = traced.helper();
+    kill(Pid::from_raw(helper.cast_signed()), Signal::SIGKILL).unwrap();
+    wait_for(SOON, || {
+        let on = traced.command(&["on"]).output()?;
+        let said = String::from_utf8_lossy(&on.stderr).into_owned();
+        assert!(!on.status.success(), "{said}");
+        Ok(said.contains(TO_TYPE).then_some(()))
+    })
+    .unwrap();
+    awaited(&traced, false);
+    set_tracer(&traced);
+    traced.until("its next boot", |status| is_traced(status, 2));
+    let second = reads_of(&traced, 1000);
+    both_boots_are_whole(&traced, [first, second], 1);
+
+    // `off` takes back what was to be done at the start.
+    traced.destroy().unwrap();
+    Guest::start(&traced).unwrap();
+    awaited(&traced, false);
+    let off = traced.command(&["off"]).assert().code(2);
+    let said = String::from_utf8_lossy(&off.get_output().stderr).into_owned();
+    assert!(said.contains("is called off"), "{said}");
+    set_tracer(&traced);
+    traced.until("a guest that can be traced", |status| {
+        assert!(status.trace.is_none() && status.awaited.is_none());
+        let GuestStatus::Alive { plain, .. } = &status.guest else {
+            return false;
+        };
+        plain.as_ref().is_some_and(|plain| plain.ring.is_some())
+    });
+    let sessions = list(&traced.lab().sessions(traced.name()));
+    let states = sessions.iter().map(|dir| Meta::load(dir).unwrap().state);
+    assert_eq!(states.collect::<Vec<_>>(), [State::Closed]);
+}
