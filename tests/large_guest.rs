@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use memmap2::MmapOptions;
-use xftrace::kernel::probe;
+use xftrace::kernel::{has_banner, probe};
 use xftrace::ram::{Access, FileRam, Gpa, GuestRam, Layout, MachineKind, ProcessRam, PAGE_SIZE};
 
 mod support;
@@ -39,6 +39,9 @@ fn fill(guest: &Guest, write: impl Fn(&[u8], u64)) {
 fn find(guest: &Guest, ram: &dyn GuestRam) -> Duration {
     let once = || {
         let started = Instant::now();
+        // As is asked first of each kernel that is known, and then of the one that fits.
+        let offset = guest.symbols.banner_offset().expect("a banner");
+        assert!(has_banner(ram, offset, None).expect("a search"));
         let kernels = probe(ram, &guest.symbols).expect("a search");
         let took = started.elapsed();
         assert_eq!(kernels.len(), 1);

@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{anyhow, bail, Context as _};
 
 use crate::config::Config;
+use crate::helper::attach;
 use crate::helper::protocol::{Line, Reply, Request};
 use crate::libvirt::connection::{Connection, Mode};
 use crate::libvirt::run_dir::RunDir;
@@ -28,16 +29,17 @@ pub(super) fn ask(
 ) -> anyhow::Result<Reply> {
     let mut line = connect(context, config, domain)?;
     line.patience(Some(PATIENCE))?;
-    line.send(request).context("asking the domain's helper")?;
+    match line.send(request) {
+        // There may be an answer all the same, that it ends.
+        Err(error) if is_end(&error) => {}
+        sent => sent.context("asking the domain's helper")?,
+    }
     loop {
         match receive(&mut line, domain)? {
             Some(Reply::Progress { text }) => out::message(&text),
             Some(Reply::Error { text }) => bail!("domain '{}': {text}", name(domain)),
             Some(reply) => return Ok(reply),
-            None => bail!(
-                "the helper of domain '{}' ended without an answer; see the system log",
-                name(domain)
-            ),
+            None => return Err(ended(config, domain, "which ended without an answer")),
         }
     }
 }
@@ -48,7 +50,12 @@ pub(super) fn receive(line: &mut Line, domain: &DomainXml) -> anyhow::Result<Opt
         || "Kill its process".to_owned(),
         |pid| format!("Type `kill -KILL {pid}`"),
     );
-    line.receive().map_err(|error| match error.kind() {
+    let received = match line.receive() {
+        // What it was asked and has not read, is why its end is not in order.
+        Err(error) if is_end(&error) => Ok(None),
+        received => received,
+    };
+    received.map_err(|error| match error.kind() {
         // What a read that timed out gives, socket(7).
         io::ErrorKind::WouldBlock => anyhow!(
             "the helper of domain '{}' does not answer: it is stopped, or hangs. The domain is \
@@ -58,6 +65,26 @@ pub(super) fn receive(line: &mut Line, domain: &DomainXml) -> anyhow::Result<Opt
         ),
         _ => anyhow!(error).context("waiting for the domain's helper"),
     })
+}
+
+/// Whether a connection fails because the other end is there no more.
+fn is_end(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe
+    )
+}
+
+/// What is wrong with a helper that is gone. The guest's memory, more often than not.
+fn ended(config: &Config, domain: &DomainXml, how: &str) -> anyhow::Error {
+    let name = name(domain);
+    match attach(domain, config) {
+        Err(error) => error.context(format!("no helper can run for domain '{name}'")),
+        Ok(_) => anyhow!(
+            "no helper runs for domain '{name}', {how}; see the system log, or run 'xftrace \
+             doctor {name}'"
+        ),
+    }
 }
 
 /// Connects to a domain's helper, if one runs.
@@ -94,12 +121,8 @@ fn connect(context: &Context, config: &Config, domain: &DomainXml) -> anyhow::Re
         }
         std::thread::sleep(Duration::from_millis(20));
     }
-    bail!(
-        "no helper runs for domain '{}', and the one that was started did not stay; \
-         see the system log, or run 'xftrace doctor {}'",
-        name(domain),
-        name(domain)
-    )
+    let how = "and the one that was started did not stay";
+    Err(ended(config, domain, how))
 }
 
 /// Starts a helper as the hook would have: the domain ran before the hook was

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use predicates::prelude::*;
 use xftrace::callflow::{events, Kernels, Limits};
-use xftrace::kernel::{probe, Symbols};
+use xftrace::kernel::{has_banner, probe, Symbols};
 use xftrace::ram::{Access, FileRam, Layout, MachineKind};
 use xftrace::session::{list, Session};
 use xftrace_lab::{wait_for, Backing, Domain, HugePages, Meanwhile, Row};
@@ -136,7 +136,12 @@ fn tells_what_it_is(row: &Row, enrolled: &str, status: &str) {
         ("node1", row.cells == 2),
         ("dimm0", row.meanwhile == Meanwhile::Dimm),
     ] {
+        let of = of && row.backing == Backing::File;
         assert_eq!(status.contains(&format!("{number}\n")), of, "{status}");
+    }
+    if row.backing == Backing::Memfd {
+        let modules = usize::from(row.meanwhile == Meanwhile::Dimm);
+        assert_eq!(status.matches("/memfd:").count(), 1 + modules, "{status}");
     }
     assert_eq!(enrolled.contains("its memory is anonymous"), restart);
     let says = enrolled.contains(&format!("virsh shutdown {}", row.name));
@@ -162,8 +167,11 @@ fn found_at_once(status: &str, map: &std::path::Path, mib: u64) {
     let layout = Layout::pc(mib << 20, MachineKind::Q35).expect("a layout");
     let ram = FileRam::open(file.unwrap().as_ref(), Access::ReadOnly, layout).expect("mapped");
     let symbols = Symbols::load(map).expect("symbols");
+    let offset = symbols.banner_offset().expect("a banner");
     let once = || {
         let started = Instant::now();
+        // As is asked first of each kernel that is known, and then of the one that fits.
+        assert!(has_banner(&ram, offset, None).expect("a search"));
         assert_eq!(probe(&ram, &symbols).expect("a search").len(), 1);
         started.elapsed()
     };
@@ -257,4 +265,29 @@ fn a_private_file_is_refused_with_the_way_out() {
     on.args(["on", "-d", "back-private", "sys_read"])
         .assert()
         .code(2);
+}
+
+/// Nothing tells which of them is which, and what a guest has in them could lie.
+#[test]
+fn cells_in_memfds_of_one_size_are_refused_with_the_way_out() {
+    let guest = TestGuest::define(&Domain {
+        backing: Backing::Memfd,
+        cells: 2,
+        ..Domain::new("back-cells")
+    });
+    let dir = tempfile::tempdir().expect("a directory");
+    guest.start().unwrap();
+    let run = |arguments: &[&str]| {
+        let mut xftrace = guest.xftrace(dir.path());
+        xftrace.args(arguments).assert()
+    };
+    run(&["enroll", "back-cells"]).success();
+    let wanted = || {
+        let two = predicate::str::contains("QEMU has 2 mappings that could be ram-node0");
+        two.and(predicate::str::contains("make that 'file'"))
+    };
+    run(&["doctor", "back-cells"]).code(2).stdout(wanted());
+    run(&["on", "-d", "back-cells", "sys_read"])
+        .code(2)
+        .stderr(wanted());
 }

@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use predicates::prelude::*;
@@ -212,4 +213,65 @@ fn a_stock_kernel_in_anonymous_memory_is_traced_and_read_in_a_dump() {
     let flow = run(&[&report[..], &["--klog", "klog"]].concat());
     assert_eq!(flow.code, Some(2));
     assert!(flow.messages.contains("leave out"), "{}", flow.messages);
+}
+
+/// A copy of the memory file of a guest that goes on above 4 GiB, which the machine tells
+/// where; and one of a guest that does not.
+#[test]
+fn a_raw_copy_is_read_with_its_machine() {
+    for (name, kernel, memory) in [("raw-6g", "6.12", 6144), ("raw-256m", "6.1", 256)] {
+        let traced = Traced::start(TestGuest::define(&Domain {
+            kernel: kernel.to_owned(),
+            backing: Backing::File,
+            memory,
+            ..Domain::new(name)
+        }));
+        let status = traced.command(&["status"]).output().expect("a status");
+        let status = String::from_utf8_lossy(&status.stdout).into_owned();
+        let words = status.split_whitespace();
+        let file = words.into_iter().find(|word| word.ends_with("/pc.ram"));
+        let copy = traced.lab().dir().join(format!("{name}.raw"));
+        let copy = Dump(copy);
+        traced.lab().virsh(&["suspend", name]).unwrap();
+        // Of the pages that were never touched there is nothing to copy.
+        let copied = Command::new("cp")
+            .args(["--sparse=always", file.expect("a file"), copy.path()])
+            .status();
+        assert!(copied.expect("cp").success());
+        traced.lab().virsh(&["resume", name]).unwrap();
+
+        let map = traced.lab().artifacts(kernel).unwrap().system_map;
+        let image = ["--memory", copy.path(), "--symbols", map.to_str().unwrap()];
+        let run = |command: &str, more: &[&str]| {
+            let all = [&[command], &image[..], more].concat();
+            xftrace(&traced, traced.dir(), &all)
+        };
+        let status = run("status", &["--machine", "pc"]);
+        assert_eq!((status.code, &*status.messages), (Some(0), ""));
+        assert!(
+            status.output.contains("mode     keyed"),
+            "{}",
+            status.output
+        );
+        let switch = "switch   Off, boot id ";
+        assert!(status.output.contains(switch), "{}", status.output);
+        // Without it, what is told depends on what the kernel needs of the upper half.
+        let status = run("status", &[]);
+        let warned = status
+            .messages
+            .contains("type --machine pc or --machine q35");
+        assert_eq!(warned, memory > 4096, "{}", status.messages);
+        // The check goes through all of it, modules and what the kernel allocated.
+        let bzimage = traced.lab().artifacts(kernel).unwrap().bzimage;
+        let kernel = ["--kernel", bzimage.to_str().unwrap()];
+        let all = [&["check", "--machine", "pc"], &image[..], &kernel].concat();
+        let checked = xftrace(&traced, traced.dir(), &all);
+        assert_eq!(
+            checked.code,
+            Some(0),
+            "{}{}",
+            checked.output,
+            checked.messages
+        );
+    }
 }

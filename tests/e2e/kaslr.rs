@@ -3,16 +3,16 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use xftrace::kernel::Symbols;
 use xftrace::session::{Boot, Meta};
+use xftrace::symfiles::Known;
 use xftrace_lab::{wait_for, Backing, Domain};
 
 use crate::lab::TestGuest;
 use crate::traced::Traced;
 
-/// So many guests at a time, each booted so often. Most of the time between
+/// The guests, at one time, each booted so often. Most of the time between
 /// a reset and the kernel's being found, the helper waits for the old heart.
-const GUESTS: usize = 4;
+const KERNELS: [&str; 4] = ["6.1", "6.12", "stock-6.1-cloud", "stock-6.12-cloud"];
 const BOOTS: usize = 5;
 /// Longer than a boot takes on a busy machine.
 const SOON: Duration = Duration::from_secs(60);
@@ -21,8 +21,10 @@ const SOON: Duration = Duration::from_secs(60);
 fn guests_booted_twenty_times_are_found_twenty_times() {
     let begun = Instant::now();
     let guests = std::thread::scope(|scope| {
-        let start = |guest| scope.spawn(move || boots_of(&format!("kaslr{guest}")));
-        let guests: Vec<_> = (0..GUESTS).map(start).collect();
+        let start = |(guest, kernel): (usize, _)| {
+            scope.spawn(move || boots_of(&format!("kaslr{guest}"), kernel))
+        };
+        let guests: Vec<_> = KERNELS.into_iter().enumerate().map(start).collect();
         let join = |guest: std::thread::ScopedJoinHandle<Vec<Boot>>| guest.join().expect("boots");
         guests.into_iter().flat_map(join).collect::<Vec<Boot>>()
     });
@@ -41,12 +43,26 @@ fn guests_booted_twenty_times_are_found_twenty_times() {
 /// Boots a guest that is traced all the while, and says where its kernel was
 /// found at each boot. What is found has a heart that beats and takes commands,
 /// so it is the true one.
-fn boots_of(name: &str) -> Vec<Boot> {
-    let traced = Traced::start(TestGuest::define(&Domain {
+fn boots_of(name: &str, kernel: &str) -> Vec<Boot> {
+    let is_stock = kernel.starts_with("stock-");
+    let guest = TestGuest::define(&Domain {
+        kernel: kernel.to_owned(),
         backing: Backing::File,
+        memory: if is_stock { 384 } else { 256 },
         ..Domain::new(name)
-    }));
-    traced.on(&["sys_read"]);
+    });
+    let plain: &[&str] = if is_stock { &["--plain"] } else { &[] };
+    let options = [&["--functions", "sys_read"], plain].concat();
+    let traced = Traced::start_with(guest, &options);
+    let on = || {
+        Ok(traced
+            .command(&["on"])
+            .output()?
+            .status
+            .success()
+            .then_some(()))
+    };
+    wait_for(SOON, on).unwrap_or_else(|_| panic!("{}", traced.log()));
     let dir = traced.session().dir().to_owned();
     is_where_the_guest_says(&traced, &Meta::load(&dir).expect("a session"));
     let mut times = Vec::new();
@@ -71,8 +87,9 @@ fn is_where_the_guest_says(traced: &Traced, meta: &Meta) {
     traced.wait_until_ready().unwrap();
     let line = traced.sh("grep ' _text$' /proc/kallsyms");
     let now = u64::from_str_radix(line.split(' ').next().unwrap(), 16).unwrap();
-    let map = traced.lab().artifacts(traced.kernel()).unwrap().system_map;
-    let link = Symbols::load(&map).unwrap().address("_text").unwrap().0;
+    let kernel = traced.lab().artifacts(traced.kernel()).unwrap().bzimage;
+    let symbols = Known::load(&kernel).unwrap().symbols;
+    let link = symbols.address("_text").unwrap().0;
     let last = meta.boots.last().expect("a boot");
     assert_eq!(last.slide, now.wrapping_sub(link), "boot {}", last.number);
 }

@@ -4,8 +4,10 @@
 use std::time::Duration;
 
 use serde_json::Value;
+use xftrace::kernel::stock::command_line;
 use xftrace::kernel::Gva;
-use xftrace_lab::{Backing, Domain};
+use xftrace::session::Mode;
+use xftrace_lab::{wait_for, Backing, Domain};
 
 use crate::lab::TestGuest;
 use crate::traced::Traced;
@@ -115,4 +117,46 @@ fn functions_of_modules(name: &str, kernel: &str, backing: Backing) {
     let folded = report("folded");
     assert!(folded.contains(";passed_on [hook_procroot?];"), "{folded}");
     assert!(folded.contains(";passed_on [hook_seq?];"), "{folded}");
+}
+
+/// In a kernel without the patch, in memory that is no file.
+#[test]
+fn functions_of_a_stock_kernels_modules_are_named() {
+    let guest = Traced::start_with(
+        TestGuest::define_alone(&Domain {
+            kernel: "stock-6.12-cloud".to_owned(),
+            backing: Backing::Anon,
+            memory: 384,
+            append: command_line(&["__x64_sys_read"]),
+            ..Domain::new("modules-stock")
+        }),
+        &["--functions", "sys_read"],
+    );
+    let module = guest.put_module("fs/binfmt_misc");
+    let on = || {
+        Ok(guest
+            .command(&["on"])
+            .output()?
+            .status
+            .success()
+            .then_some(()))
+    };
+    wait_for(Duration::from_secs(60), on).unwrap();
+    let run = |command: &str| guest.run(command).unwrap().success().unwrap();
+    run(&format!(
+        "insmod {module} && mkdir -p /mnt && mount -t binfmt_misc none /mnt"
+    ));
+    std::thread::sleep(SETTLED);
+    run("cat /mnt/status");
+    let session = guest.off();
+    assert_eq!(session.meta.mode, Mode::Plain);
+
+    let graph = std::fs::read_to_string(guest.dir().join("trace_graph.txt"));
+    let graph = graph.expect("a call flow");
+    let name = " bm_status_read [binfmt_misc?]";
+    assert!(graph.contains(name), "{graph:.4000}");
+    assert!(
+        !graph.contains("bm_status_read()"),
+        "as if the host knew it"
+    );
 }

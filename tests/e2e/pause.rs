@@ -12,6 +12,7 @@ use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
 use xftrace_lab::{wait_for, Job};
 
+use crate::lab::TestGuest;
 use crate::traced::Traced;
 use crate::watch::Watch;
 
@@ -108,15 +109,17 @@ fn compare(what: &str, without: &[Gaps], with: &[Gaps]) {
     }
 }
 
-fn helper_pid(guest: &Traced) -> u32 {
-    let output = guest.command(&["status", "--json"]).assert().success();
+fn helper_pid(guest: &TestGuest) -> u32 {
+    let mut status = guest.xftrace("/".as_ref());
+    status.args(["status", "--json", "-d", guest.name()]);
+    let output = status.assert().success();
     let all: serde_json::Value = serde_json::from_slice(&output.get_output().stdout).unwrap();
     let inside = all[0]["helper_pid"].as_u64().expect("a pid");
     guest.lab().outer_pid(inside as u32).unwrap()
 }
 
 /// Kills the helper of a guest, and sees it gone.
-pub(crate) fn kill_helper(guest: &Traced) {
+pub(crate) fn kill_helper(guest: &TestGuest) {
     let pid = helper_pid(guest);
     kill(Pid::from_raw(pid as i32), Signal::SIGKILL).unwrap();
     wait_for(SOON, || {

@@ -37,6 +37,7 @@ rows! {
     sparse_64g,
     balloon,
     dimm,
+    dimm_memfd,
 }
 
 /// Shows what the row of a test says that it shows.

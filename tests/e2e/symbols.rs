@@ -3,10 +3,12 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
+use xftrace::kernel::stock::command_line;
 use xftrace::symfiles::{Kind, Known};
 use xftrace_lab::{Backing, Domain};
 
 use crate::lab::TestGuest;
+use crate::pause::kill_helper;
 use crate::plain::unpacked;
 
 /// The symbols of code of a System.map or /proc/kallsyms, each once.
@@ -138,4 +140,81 @@ fn symbols_that_fit_are_found_in_the_store() {
     let (status, text) = xftrace(&["report", "-d", "picks"]);
     assert_eq!(status, Some(0));
     assert!(text.contains("__x64_sys_read() {"));
+}
+
+/// Each kind of file that there is of a kernel leads to a trace of it, through the store.
+#[test]
+fn a_guest_is_traced_with_symbols_of_each_kind_of_file() {
+    let keyed = TestGuest::define_alone(&Domain {
+        backing: Backing::File,
+        ..Domain::new("each-kind")
+    });
+    let artifacts = keyed.lab().artifacts(keyed.kernel()).unwrap();
+    let dir = tempfile::tempdir().expect("a directory");
+    let saved = dir.path().join("kallsyms");
+    enroll_and_start(&keyed, dir.path());
+    let all = "echo 0 >/proc/sys/kernel/kptr_restrict; gzip -c /proc/kallsyms | base64";
+    std::fs::write(&saved, unpacked(&keyed, all)).expect("a file");
+    let whole = [
+        &artifacts.vmlinux,
+        &artifacts.system_map,
+        &artifacts.bzimage,
+    ];
+    for file in whole {
+        traced_with(&keyed, dir.path(), file, true);
+    }
+    traced_with(&keyed, dir.path(), &saved, false);
+    keyed.destroy().unwrap();
+
+    let stock = keyed.beside(&Domain {
+        kernel: "stock-6.1-cloud".to_owned(),
+        backing: Backing::File,
+        memory: 384,
+        append: command_line(&["__x64_sys_read"]),
+        ..Domain::new("its-package")
+    });
+    let package = stock.lab().artifacts(stock.kernel()).unwrap();
+    enroll_and_start(&stock, dir.path());
+    traced_with(
+        &stock,
+        dir.path(),
+        &package.kernel_dir.join("image.deb"),
+        true,
+    );
+}
+
+fn enroll_and_start(guest: &TestGuest, dir: &Path) {
+    guest
+        .xftrace(dir)
+        .args(["enroll", guest.name()])
+        .assert()
+        .success();
+    guest.start().unwrap();
+}
+
+/// Adds a file to the store, which has no other kernel, traces the guest, and takes it out
+/// again. Whether it could be `compared` with the guest's own list is told.
+fn traced_with(guest: &TestGuest, dir: &Path, file: &Path, compared: bool) {
+    let name = guest.name();
+    let run = |arguments: &[&str]| {
+        let done = guest.xftrace(dir).args(arguments).assert().success();
+        String::from_utf8(done.get_output().stdout.clone()).expect("text")
+    };
+    let added = run(&["symbols", "add", file.to_str().expect("a path")]);
+    let id = added.split([' ', ':']).nth(1).expect("an id");
+    run(&["on", "-d", name, "sys_read"]);
+    guest.run("rwloop 500").unwrap().success().unwrap();
+    let not_compared = "not compared with the kernel's own list of symbols";
+    assert_ne!(
+        run(&["status", "-d", name]).contains(not_compared),
+        compared
+    );
+    assert_ne!(run(&["doctor", name]).contains(not_compared), compared);
+    run(&["off", "-d", name]);
+    let graph = std::fs::read_to_string(dir.join("trace_graph.txt")).expect("a call flow");
+    let reads = graph.matches("__x64_sys_read() {").count();
+    assert!(reads >= 500, "{file:?}: {reads}: {graph:.2000}");
+    run(&["symbols", "remove", id]);
+    // The next helper takes what the store has then.
+    kill_helper(guest);
 }
