@@ -175,6 +175,9 @@ pub struct InModules {
     pub in_doubt: u64,
     /// Of that, how often the code was on no list.
     pub not_told: u64,
+    /// How often beside that code in the module area took part in a call that was not
+    /// judged, since it was not seen whether it lies below what sets a module up.
+    pub excused: u64,
 }
 
 impl InModules {
@@ -182,6 +185,12 @@ impl InModules {
         self.all += 1;
         self.in_doubt += u64::from(!told.of_all);
         self.not_told += u64::from(told.listed.is_none());
+    }
+
+    /// Whether most of what code of modules did is excused, so that no rule that goes by
+    /// such code says much.
+    pub fn are_excused(&self) -> bool {
+        self.excused >= MIN_CALLS && self.excused > self.all
     }
 
     /// Whether the list told too little for `unlisted-module` to be judged. It goes by the

@@ -40,9 +40,10 @@ struct Frame<'n> {
     crowded: bool,
     /// How many calls it is nested in; a root in none.
     depth: u16,
-    /// It is, or lies below, what sets a module up or ends it; or may do so, as not
-    /// all was seen of what it lies below.
+    /// It is, or lies below, what sets a module up or ends it.
     loading: bool,
+    /// It may do so, as not all was seen of what it lies below.
+    may_load: bool,
     below: u64,
     nested: bool,
     callees: Vec<Label>,
@@ -184,13 +185,19 @@ impl<'n> Profiler<'n> {
             .entry(Self::key(&call.task, event.cpu))
             .or_default();
         // Behind a loss, or the start of the trace, what is around is not all seen.
-        let loading = match stack.last() {
-            Some(around) => around.loading || around.losses != self.losses,
-            None => call.depth > 0,
+        let (is_loading, may_load) = match stack.last() {
+            Some(around) => (
+                around.loading,
+                around.may_load || around.losses != self.losses,
+            ),
+            None => (false, call.depth > 0),
         };
-        if !loading {
-            let asked = [of_func, of_caller].into_iter().flatten();
-            asked.for_each(|told| self.profile.in_modules.add(told));
+        let loading = is_loading || may_load;
+        let asked = [of_func, of_caller].into_iter().flatten();
+        match (is_loading, may_load) {
+            (false, false) => asked.for_each(|told| self.profile.in_modules.add(told)),
+            (false, true) => self.profile.in_modules.excused += u64::from(asked.count() > 0),
+            (true, _) => {}
         }
         let label = match of_name {
             Label::MODULE if loading => Label::LOADING,
@@ -209,7 +216,8 @@ impl<'n> Profiler<'n> {
             holed: false,
             crowded: false,
             depth: call.depth,
-            loading: loading || loads_modules(self.profile.labels.name(label)),
+            loading: is_loading || loads_modules(self.profile.labels.name(label)),
+            may_load,
             below: 0,
             nested: false,
             callees: Vec::new(),

@@ -7,7 +7,7 @@ use super::finding::Finding;
 use super::judge::judge;
 use super::profile::{InModules, Profile, ProfileLimits, Skipped};
 use super::rules::{Rule, Severity};
-use super::{profile_of, MIN_SESSIONS};
+use super::{profile_of, MIN_SEEN, MIN_SESSIONS};
 use crate::callflow::{Kernels, Tally};
 use crate::session::{FindingKind, Meta, Mode, Session, SessionError, State};
 
@@ -132,6 +132,12 @@ pub fn check(
     let lost = tally.lost_records.total().max(unread(session));
     if tally.calls == 0 {
         doubts.push("the session has no calls; a trace of nothing proves nothing".to_owned());
+    } else if profile.roots.is_empty() {
+        doubts.push(
+            "none of the session's calls was seen from its beginning, as if the guest had traced \
+             no function that it was asked to: no rule can judge such calls"
+                .to_owned(),
+        );
     } else if lost.saturating_mul(LOSSY) > tally.calls.saturating_mul(2).saturating_add(lost) {
         doubts.push(format!(
             "{lost} records are lost, more than one in {LOSSY}: trace less, or with a larger \
@@ -207,7 +213,16 @@ fn not_judged(
         all,
         in_doubt,
         not_told,
+        excused,
     } = profile.in_modules;
+    if excused >= MIN_SEEN {
+        remarks.push(format!(
+            "code in the module area took part in {excused} calls of which not all was seen that \
+             they lie below (records are lost, or their depths are not those of a whole trace), and \
+             which may have been a module that sets itself up: whether they lead to a hook is not \
+             judged"
+        ));
+    }
     if session.modules()?.is_empty() {
         rules.push(Rule::UnlistedModule);
     } else if profile.in_modules.tell_little() {
@@ -218,6 +233,11 @@ fn not_judged(
              {not_told} of these were of code that is on no list: whoever changes it all the time \
              may have something to hide"
         ));
+    }
+    if profile.in_modules.are_excused() {
+        rules.extend([Rule::UnlistedModule, Rule::UnknownModule]);
+        rules.sort();
+        rules.dedup();
     }
     if session.meta.mode == Mode::Keyed {
         return Ok(rules);

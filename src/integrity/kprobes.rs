@@ -59,6 +59,13 @@ pub(super) struct Place {
     at: Gva,
     /// The probe in the table, and those that it stands for.
     probes: Vec<Probe>,
+    /// What it took out of the text, where that and all probes can be read.
+    taken: Option<Taken>,
+}
+
+/// What a kprobe took out of the text.
+#[derive(Debug)]
+struct Taken {
     /// What the text has in place of the breakpoint, or of the jump's first byte.
     opcode: u8,
     /// What runs in place of the instruction under a breakpoint,
@@ -143,36 +150,69 @@ fn table(view: &View<'_>, probes: &mut Probes) -> Result<(), Obstacle> {
             }
             seen += 1;
             let kprobe = Gva(node.0.wrapping_sub(offsets.hlist));
-            let place = place(view, &offsets, kprobe);
-            let done = place.map(|place| probes.places.push(place));
-            go_on(done, &mut |doubt| probes.doubt = Some(doubt))?;
+            let place = place(view, &offsets, kprobe, &mut |doubt| {
+                probes.doubt = Some(doubt)
+            });
+            probes.places.extend(place?);
             node = view.pointer(node, TABLE)?;
         }
     }
     Ok(())
 }
 
-fn place(view: &View<'_>, offsets: &Offsets, kprobe: Gva) -> Result<Place, Obstacle> {
-    let mut probes = vec![probe(view, offsets, kprobe)?];
-    let others = kprobe.wrapping_add(offsets.list.into());
-    for other in view.list(others, offsets.list, "the list of kprobes at one place")? {
-        probes.push(probe(view, offsets, other)?);
+/// What an entry of the table is of, as far as it can be read; `None` where not even its
+/// address can.
+fn place(
+    view: &View<'_>,
+    offsets: &Offsets,
+    kprobe: Gva,
+    doubt: &mut dyn FnMut(String),
+) -> Result<Option<Place>, Obstacle> {
+    let at = view.pointer(kprobe.wrapping_add(offsets.addr), WHAT);
+    let Some(at) = go_on(at.map(Some), doubt)? else {
+        return Ok(None);
+    };
+    let list = "the list of kprobes at one place";
+    let others = view.list(kprobe.wrapping_add(offsets.list.into()), offsets.list, list);
+    let mut is_whole = true;
+    let mut doubt = |text| {
+        is_whole = false;
+        doubt(text);
+    };
+    let mut probes = Vec::new();
+    for one in std::iter::once(kprobe).chain(go_on(others, &mut doubt)?) {
+        let probe = probe(view, offsets, one, &mut doubt);
+        probes.extend(go_on(probe.map(Some), &mut doubt)?);
     }
-    let flags = view.half(kprobe.wrapping_add(offsets.flags), WHAT)?;
-    let detour = offsets.detour.as_ref().filter(|_| flags & OPTIMIZED != 0);
-    let [opcode] = view.array(kprobe.wrapping_add(offsets.opcode), WHAT)?;
-    Ok(Place {
-        at: view.pointer(kprobe.wrapping_add(offsets.addr), WHAT)?,
+    let taken = Taken::read(view, offsets, kprobe);
+    let taken = go_on(taken.map(Some), &mut doubt)?;
+    Ok(Some(Place {
+        at,
         probes,
-        opcode,
-        moved: Moved::read(view, &offsets.moved, kprobe)?,
-        detour: detour
-            .map(|at| Detour::read(view, at, kprobe))
-            .transpose()?,
-    })
+        taken: taken.filter(|_| is_whole),
+    }))
 }
 
-fn probe(view: &View<'_>, offsets: &Offsets, kprobe: Gva) -> Result<Probe, Obstacle> {
+impl Taken {
+    fn read(view: &View<'_>, offsets: &Offsets, kprobe: Gva) -> Result<Self, Obstacle> {
+        let flags = view.half(kprobe.wrapping_add(offsets.flags), WHAT)?;
+        let detour = offsets.detour.as_ref().filter(|_| flags & OPTIMIZED != 0);
+        let [opcode] = view.array(kprobe.wrapping_add(offsets.opcode), WHAT)?;
+        let detour = detour.map(|at| Detour::read(view, at, kprobe));
+        Ok(Self {
+            opcode,
+            moved: Moved::read(view, &offsets.moved, kprobe)?,
+            detour: detour.transpose()?,
+        })
+    }
+}
+
+fn probe(
+    view: &View<'_>,
+    offsets: &Offsets,
+    kprobe: Gva,
+    doubt: &mut dyn FnMut(String),
+) -> Result<Probe, Obstacle> {
     let mut handlers = Vec::new();
     for offset in offsets.handlers {
         handlers.push(view.pointer(kprobe.wrapping_add(offset), WHAT)?);
@@ -184,13 +224,7 @@ fn probe(view: &View<'_>, offsets: &Offsets, kprobe: Gva) -> Result<Probe, Obsta
         for offset in offsets.returns {
             handlers.push(view.pointer(kprobe.wrapping_add(offset), WHAT)?);
         }
-        if let Some(rethook) = offsets.rethook {
-            let rethook = view.pointer(kprobe.wrapping_add(rethook), WHAT)?;
-            let [handler, _] = offsets.returns;
-            let returns = (kprobe, handler, "kretprobe_rethook_handler");
-            let astray = dispatch::led_astray(view, rethook, returns)?;
-            handlers.extend(astray.into_iter().map(|(_, _, function)| function));
-        }
+        go_on(returned_to(view, offsets, kprobe, &mut handlers), doubt)?;
     }
     handlers.retain(|handler| handler.0 != 0);
     Ok(Probe {
@@ -198,6 +232,24 @@ fn probe(view: &View<'_>, offsets: &Offsets, kprobe: Gva) -> Result<Probe, Obsta
         is_return,
         handlers,
     })
+}
+
+/// Whom a kretprobe's rethook calls beside its own handlers.
+fn returned_to(
+    view: &View<'_>,
+    offsets: &Offsets,
+    kprobe: Gva,
+    handlers: &mut Vec<Gva>,
+) -> Result<(), Obstacle> {
+    let Some(rethook) = offsets.rethook else {
+        return Ok(());
+    };
+    let rethook = view.pointer(kprobe.wrapping_add(rethook), WHAT)?;
+    let [handler, _] = offsets.returns;
+    let returns = (kprobe, handler, "kretprobe_rethook_handler");
+    let astray = dispatch::led_astray(view, rethook, returns)?;
+    handlers.extend(astray.into_iter().map(|(_, _, function)| function));
+    Ok(())
 }
 
 /// Where in the kernel's text places are, by their distance from its beginning.
@@ -217,47 +269,23 @@ impl Probes {
             }
         }
         let mut room = MAX_DECODED;
-        let mut original = Vec::new();
+        // From below: what a function has before a place is as it was by then, if that is
+        // known.
         for (&distance, places) in &all {
             let changed = matches!(text.get(distance), Some(&INT3 | &JUMP));
             let [place] = **places else { continue };
-            if changed && place.is_own(view) {
-                let code = whole(view, &all, text, distance, &mut room);
-                let code =
-                    code.and_then(|code| place.original(view, owners, text, distance, &code));
-                original.extend(code.map(|code| (distance, code)));
+            let taken = place.taken.as_ref().filter(|_| changed);
+            if let Some(taken) = taken.filter(|_| place.is_own(view)) {
+                let whole = taken.whole(view, text, distance, &mut room);
+                let was = whole.and_then(|whole| {
+                    taken.original(view, owners, place.at, text.get(distance..)?, &whole)
+                });
+                let now = text.get_mut(distance..).unwrap_or_default();
+                let both = now.iter_mut().zip(was.into_iter().flatten());
+                both.for_each(|(now, was)| *now = was);
             }
         }
-        for (distance, was) in original {
-            let now = text.get_mut(distance..).unwrap_or_default();
-            now.iter_mut().zip(was).for_each(|(now, was)| *now = was);
-        }
     }
-}
-
-/// The text at a place as it was before anything in its function was probed, by what all
-/// kprobes say, and `None` where no instruction begins there. What is restored of it is
-/// compared like all else; what entries say of other places only leads the decoder.
-/// `room` is how much more may be taken apart.
-fn whole(
-    view: &View<'_>,
-    all: &ByDistance<'_>,
-    text: &[u8],
-    distance: usize,
-    room: &mut usize,
-) -> Option<Vec<u8>> {
-    let link = view.symbols.text().start.wrapping_add(distance as u64);
-    let (_, within) = view.symbols.symbol_before(link)?;
-    let begin = distance.checked_sub(usize::try_from(within).ok()?)?;
-    *room = room.checked_sub(distance - begin)?;
-    let end = text.len().min(distance + MOST);
-    let mut code = text.get(begin..end)?.to_vec();
-    for (&at, places) in all.range(begin..end) {
-        for place in places {
-            place.put_back(code.get_mut(at - begin..)?);
-        }
-    }
-    lengths::ends(&code, distance - begin).then(|| code.split_off(distance - begin))
 }
 
 impl Place {
@@ -266,6 +294,29 @@ impl Place {
         let handlers = self.probes.iter().flat_map(|probe| &probe.handlers);
         let mut handlers = handlers.peekable();
         handlers.peek().is_some() && handlers.all(|&handler| view.in_text(handler))
+    }
+}
+
+impl Taken {
+    /// The text at this place as the kprobe says that it was, and `None` where no
+    /// instruction begins there. That is told by what is before it: what another kprobe
+    /// took out there counts only once it was put back, for what the entries of others say
+    /// could have anything begin anywhere. `room` is how much more may be taken apart.
+    fn whole(
+        &self,
+        view: &View<'_>,
+        text: &[u8],
+        distance: usize,
+        room: &mut usize,
+    ) -> Option<Vec<u8>> {
+        let link = view.symbols.text().start.wrapping_add(distance as u64);
+        let (_, within) = view.symbols.symbol_before(link)?;
+        let begin = distance.checked_sub(usize::try_from(within).ok()?)?;
+        *room = room.checked_sub(distance - begin)?;
+        let end = text.len().min(distance + MOST);
+        let mut code = text.get(begin..end)?.to_vec();
+        self.put_back(code.get_mut(distance - begin..)?);
+        lengths::ends(&code, distance - begin).then(|| code.split_off(distance - begin))
     }
 
     /// Puts what the kprobe took out of the text where its breakpoint or its jump is.
@@ -283,24 +334,24 @@ impl Place {
     }
 
     /// What the kprobe took out of the kernel's text, where that is all that it did: put
-    /// a breakpoint there, or a jump to its own code. `whole` is the text as it was.
+    /// a breakpoint there, or a jump to its own code. `now` is the text from `at` on, and
+    /// `whole` what that was.
     fn original(
         &self,
         view: &View<'_>,
         owners: &Owners,
-        text: &[u8],
-        distance: usize,
+        at: Gva,
+        now: &[u8],
         whole: &[u8],
     ) -> Option<Vec<u8>> {
-        let now = text.get(distance..)?;
-        let stands_for = |detour: &Detour| detour.stands_for(view, owners, self.at, whole);
+        let stands_for = |detour: &Detour| detour.stands_for(view, owners, at, whole);
         let (is_right, length) = match (now.first()?, &self.detour) {
             (&INT3, detour) => {
-                let moved = self.moved.stands_for(view, owners, self.at, whole);
+                let moved = self.moved.stands_for(view, owners, at, whole);
                 (moved && detour.as_ref().is_none_or(stands_for), 1)
             }
             (&JUMP, Some(detour)) => {
-                let leads = jump(self.at.0, now).is_some_and(|jump| jump.target == detour.to.0);
+                let leads = jump(at.0, now).is_some_and(|jump| jump.target == detour.to.0);
                 (leads && stands_for(detour), 5)
             }
             _ => (false, 0),

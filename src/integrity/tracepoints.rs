@@ -73,13 +73,13 @@ fn functions(
             let slot = array.wrapping_add(index.wrapping_mul(each));
             let function = view.pointer(slot, WHAT)?;
             if function.0 == 0 {
-                break;
+                return Ok(());
             }
             if let Some(other) = judge(view, owners, report, &name, slot, function) {
                 doubts.push(other);
             }
         }
-        Ok(())
+        Err(Obstacle::Endless("the functions at a tracepoint"))
     };
     let mut damaged = None;
     for (offset, at) in super::image::records::<4>(list).zip((start.0..).step_by(4)) {

@@ -13,7 +13,7 @@
 //! beginning, and nothing else compares that memory: who changes it has all of them.
 //! So it has to be what the kernel would have made.
 
-use super::text::{fill, jump, CALL, ENDBR64, INT3, JUMP, NO_ENDBR, RETURN};
+use super::text::{fill, jump, same_but_nops, CALL, ENDBR64, INT3, JUMP, NO_ENDBR, RETURN};
 use super::view::{Obstacle, View};
 use crate::kernel::Gva;
 
@@ -132,6 +132,8 @@ fn copy_of(
             jump.opcode == JUMP && view.in_text(to) && view.name(to).ends_with("return_thunk")
         }),
     };
-    let is_it = copied == made && returns && word == ops.0.to_le_bytes();
+    // One for the tracer on the command line is made before the kernel has put the NOPs of
+    // its processor into its own code.
+    let is_it = same_but_nops(copied, &made) && returns && word == ops.0.to_le_bytes();
     Ok(is_it.then_some(Gva(calls.target)))
 }

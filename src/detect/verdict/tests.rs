@@ -222,6 +222,7 @@ fn a_list_that_never_stands_still_tells_nothing() {
             all,
             in_doubt,
             not_told,
+            excused: 0,
         };
         let mut remarks = Vec::new();
         let rules = not_judged(&session, &profile, &mut Vec::new(), &mut remarks);
@@ -229,6 +230,32 @@ fn a_list_that_never_stands_still_tells_nothing() {
         assert_eq!(rules.is_empty(), is_judged, "{:?}", profile.in_modules);
         assert_eq!(remarks.is_empty(), is_judged, "{remarks:?}");
         assert!(is_judged || rules == [Rule::UnlistedModule], "{rules:?}");
+    }
+}
+
+/// Who has each call to a module look as if records were lost before it, is told of.
+#[test]
+fn where_most_of_what_modules_do_is_excused_nothing_is_judged_by_it() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let session = session(dir.path(), &[]);
+    let look = "{\"boot\":1,\"since\":5,\"modules\":[]}\n";
+    std::fs::write(session.dir().join(MODULES_FILE), look).expect("written");
+    for (all, excused, is_told, is_judged) in [
+        (0, MIN_SEEN - 1, false, true),
+        (0, MIN_SEEN, true, true),
+        (0, MIN_CALLS, true, false),
+        (MIN_CALLS, MIN_CALLS, true, true),
+        (MIN_CALLS, MIN_CALLS + 1, true, false),
+    ] {
+        let mut profile = Profile::new(ProfileLimits::default());
+        (profile.in_modules.all, profile.in_modules.excused) = (all, excused);
+        let mut remarks = Vec::new();
+        let rules = not_judged(&session, &profile, &mut Vec::new(), &mut remarks);
+        assert_eq!(remarks.len(), usize::from(is_told), "{remarks:?}");
+        let wanted = [Rule::UnlistedModule, Rule::UnknownModule];
+        let rules = rules.expect("rules");
+        assert_eq!(rules.is_empty(), is_judged, "{rules:?}");
+        assert!(is_judged || wanted.iter().all(|rule| rules.contains(rule)));
     }
 }
 

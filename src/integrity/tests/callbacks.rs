@@ -683,7 +683,7 @@ fn what_runs_in_place_of_a_probed_instruction_does_the_same() {
 /// kprobe's, whatever the kprobe has for it.
 #[test]
 fn a_kprobe_is_where_an_instruction_begins() {
-    let (guest, _) = probed();
+    let (guest, handler) = probed();
     let place = |before: [u8; 2]| {
         let mut text = [0x90; 0x1000];
         text[0x7fe..0x806].copy_from_slice(&[before[0], before[1], 0xcc, 1, 2, 3, 4, 5]);
@@ -700,13 +700,65 @@ fn a_kprobe_is_where_an_instruction_begins() {
     for word in (0..256).step_by(8) {
         guest.put(other + word, 0);
     }
-    for (at, value) in [(16, other + 16), (32, TEXT + 0x7fe), (56, 0x31)] {
+    let copy = SLOT + 0x880;
+    for (at, value) in [
+        (16, other + 16),
+        (32, TEXT + 0x7fe),
+        (40, handler),
+        (56, 0x31),
+        (120, copy),
+        (128, 2),
+    ] {
         guest.put(other + at, value);
     }
+    guest.bytes(copy, &[0x31, 0xc0, 0xcc]);
     guest.put(DATA + 8 * 62, other);
     assert_eq!(place([0xcc, 0xc0]), 0x55);
-    guest.put(other + 56, 0xe8);
-    assert_eq!(place([0xcc, 0xc0]), 0xcc);
+    // One that did something else is not believed in what was there.
+    for (at, wrong, right) in [(56, 0xe8, 0x31), (40, THEIRS, handler), (120, HEAP, copy)] {
+        guest.put(other + at, wrong);
+        assert_eq!(place([0xcc, 0xc0]), 0xcc, "{at}");
+        guest.put(other + at, right);
+        assert_eq!(place([0xcc, 0xc0]), 0x55, "{at}");
+    }
+    // Nor one that says that it made a jump of the kernel's own.
+    for (at, value) in [(32, TEXT + 0x7ff), (56, 0x90), (64, 4), (200, 0x0302_0155)] {
+        guest.put(other + at, value);
+    }
+    assert_eq!(place([0x90, 0xe9]), 0xcc);
+}
+
+/// What can be read of it is judged, and nothing is put back for it.
+#[test]
+fn a_kprobe_that_cannot_be_read_wholly_is_a_doubt_and_hides_nobody() {
+    let (mut guest, handler) = probed();
+    guest.layout("rethook", &[("data", 0), ("handler", 8)]);
+    let breakpoint = [0xcc, 1, 2, 3, 4, 5];
+    let look = |guest: &Fake| {
+        let report = guest.check(|view, owners, report| {
+            kprobes::handlers(view, owners, &Probes::of(view), report);
+        });
+        (report.findings.len(), doubt(&report).is_some())
+    };
+    assert_ne!(compared(&guest, breakpoint), breakpoint);
+    let (list, others) = (PROBE + 16, PROBE + 16);
+    // The list of those at one place, and one that is on it.
+    for nowhere in [0x1000, 0x1010] {
+        guest.put(list, nowhere);
+        assert_eq!(look(&guest), (0, true));
+        assert_eq!(compared(&guest, breakpoint), breakpoint);
+        guest.put(PROBE + 40, THEIRS);
+        assert_eq!(look(&guest), (1, true));
+        guest.put(PROBE + 40, handler);
+    }
+    guest.put(list, others);
+    assert_eq!(look(&guest), (0, false));
+    // What it is returned through.
+    let is_return = guest.function("pre_handler_kretprobe");
+    guest.put(PROBE + 40, is_return);
+    guest.put(PROBE + 80, THEIRS);
+    guest.put(PROBE + 104, 0x1000);
+    assert_eq!(look(&guest), (1, true));
 }
 
 #[test]
@@ -907,6 +959,29 @@ fn what_is_attached_to_a_tracepoint_is_known_or_a_doubt() {
     assert_eq!(look(""), (1, false));
     leads_nowhere.set(true);
     assert_eq!(look(""), (1, true));
+}
+
+/// A list that has no end is one that was not looked at.
+#[test]
+fn more_functions_at_a_tracepoint_than_are_looked_at_are_a_doubt() {
+    let (list, point, array) = (DATA + 0x600, DATA + 0x700, HEAP + 0x100);
+    let offset = ((point - list) as u32).to_le_bytes();
+    let image = Image::made_of(&[(".rodata", list, &offset)], &[]);
+    for (functions, is_doubt) in [(255, false), (256, true)] {
+        let mut guest = Fake::new();
+        let own = guest.function("probe_sched_switch");
+        guest.symbol(list, 'd', "__start___tracepoints_ptrs");
+        guest.symbol(list + 4, 'd', "__stop___tracepoints_ptrs");
+        guest.layout("tracepoint", &[("name", 0), ("funcs", 8)]);
+        guest.sized("tracepoint_func", 24);
+        guest.put(point + 8, array);
+        for at in 0..functions {
+            guest.put(array + 24 * at, own);
+        }
+        let report =
+            guest.check(|view, owners, report| tracepoints::attached(view, owners, &image, report));
+        assert_eq!(doubt(&report).is_some(), is_doubt, "{functions}");
+    }
 }
 
 /// Whatever it calls itself: nothing proves that it is Linux's.

@@ -14,6 +14,7 @@ use crate::kernel::{Gva, Symbols};
 use patched::Patcher;
 use sites::Alternative;
 
+pub(super) use nops::same as same_but_nops;
 pub(super) use patched::{fill, jump, Guest, CALL, ENDBR64, INT3, JUMP, NO_ENDBR, RETURN};
 pub(super) use sites::Sites;
 

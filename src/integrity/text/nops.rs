@@ -38,6 +38,25 @@ pub(super) fn are(mut code: &[u8]) -> bool {
     }
 }
 
+/// Whether two pieces of code are the same, but for how each does nothing for so many
+/// bytes: what the compiler wrote is replaced by fewer, longer NOPs as a kernel starts.
+pub(in crate::integrity) fn same(one: &[u8], other: &[u8]) -> bool {
+    let mut at = 0;
+    while let (Some(here), Some(there)) = (one.get(at..), other.get(at..)) {
+        if here == there {
+            return true;
+        }
+        let length = run(here);
+        let both = here.get(..length).zip(there.get(..length));
+        at += match both {
+            Some((nops, others)) if length > 0 && run(others) == nops.len() => length,
+            _ if here.first() == there.first() => 1,
+            _ => return false,
+        };
+    }
+    false
+}
+
 /// How many bytes of `code` are NOPs from its beginning on.
 pub(super) fn run(code: &[u8]) -> usize {
     let mut length = 0;
@@ -68,5 +87,21 @@ mod tests {
             assert!(!are(some), "{some:02x?}");
         }
         assert_eq!(run(&[0x66, 0x90, 0x90, 0xc3, 0x90]), 3);
+        let code = |nops: &[u8]| [&[0x55][..], nops, &[0xc3]].concat();
+        let one = code(&[0x90; 5]);
+        for (other, is_same) in [
+            (code(&[0x90; 5]), true),
+            (code(&[0x0f, 0x1f, 0x44, 0, 0]), true),
+            (code(&[0x66, 0x90, 0x0f, 0x1f, 0]), true),
+            // Shorter or longer, or another instruction in there.
+            (code(&[0x90; 4]), false),
+            (code(&[0x90; 6]), false),
+            (code(&[0x90, 0x90, 0x0f, 0x1f, 0x44]), false),
+            (code(&[0x0f, 0x1f, 0x44, 0, 0x90]), false),
+            (code(&[0xe8, 0, 0, 0, 0]), false),
+        ] {
+            assert_eq!(same(&one, &other), is_same, "{other:02x?}");
+            assert_eq!(same(&other, &one), is_same, "{other:02x?}");
+        }
     }
 }
