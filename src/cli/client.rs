@@ -30,7 +30,7 @@ pub(super) fn ask(
     let mut line = connect(context, config, domain)?;
     line.patience(Some(PATIENCE))?;
     match line.send(request) {
-        // There may be an answer all the same, that it ends.
+        // What it said before it ended is still to be read.
         Err(error) if is_end(&error) => {}
         sent => sent.context("asking the domain's helper")?,
     }
@@ -39,7 +39,13 @@ pub(super) fn ask(
             Some(Reply::Progress { text }) => out::message(&text),
             Some(Reply::Error { text }) => bail!("domain '{}': {text}", name(domain)),
             Some(reply) => return Ok(reply),
-            None => return Err(ended(config, domain, "which ended without an answer")),
+            None => {
+                let how = format!(
+                    "the helper of domain '{}' ended without an answer",
+                    name(domain)
+                );
+                return Err(ended(config, domain, how));
+            }
         }
     }
 }
@@ -51,7 +57,7 @@ pub(super) fn receive(line: &mut Line, domain: &DomainXml) -> anyhow::Result<Opt
         |pid| format!("Type `kill -KILL {pid}`"),
     );
     let received = match line.receive() {
-        // What it was asked and has not read, is why its end is not in order.
+        // A connection is reset where the helper ended before it had read the question.
         Err(error) if is_end(&error) => Ok(None),
         received => received,
     };
@@ -76,13 +82,12 @@ fn is_end(error: &io::Error) -> bool {
 }
 
 /// What is wrong with a helper that is gone. The guest's memory, more often than not.
-fn ended(config: &Config, domain: &DomainXml, how: &str) -> anyhow::Error {
-    let name = name(domain);
+fn ended(config: &Config, domain: &DomainXml, how: String) -> anyhow::Error {
     match attach(domain, config) {
-        Err(error) => error.context(format!("no helper can run for domain '{name}'")),
+        Err(error) => error.context(how),
         Ok(_) => anyhow!(
-            "no helper runs for domain '{name}', {how}; see the system log, or run 'xftrace \
-             doctor {name}'"
+            "{how}; see the system log, or run 'xftrace doctor {}'",
+            name(domain)
         ),
     }
 }
@@ -121,7 +126,10 @@ fn connect(context: &Context, config: &Config, domain: &DomainXml) -> anyhow::Re
         }
         std::thread::sleep(Duration::from_millis(20));
     }
-    let how = "and the one that was started did not stay";
+    let how = format!(
+        "no helper runs for domain '{}', and the one that was started did not stay",
+        name(domain)
+    );
     Err(ended(config, domain, how))
 }
 

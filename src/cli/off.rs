@@ -16,6 +16,15 @@ use crate::session::GRAPH_FILE;
 pub(super) fn run(context: &Context, args: &OffArgs) -> anyhow::Result<Exit> {
     let config = context.config()?;
     let domain = target::running(context, &config, args.domain.domain.as_deref())?;
+    let reply = client::ask(context, &config, &domain, &Request::Off)?;
+    if reply == Reply::CalledOff {
+        out::message(&format!(
+            "the trace of domain '{}' that was to begin with it had not begun, and is called off; \
+             'xftrace on' begins one",
+            client::name(&domain)
+        ));
+        return Ok(Exit::Done);
+    }
     let Reply::Off {
         session,
         graph,
@@ -23,7 +32,7 @@ pub(super) fn run(context: &Context, args: &OffArgs) -> anyhow::Result<Exit> {
         unwritten,
         counters,
         left,
-    } = client::ask(context, &config, &domain, &Request::Off)?
+    } = reply
     else {
         anyhow::bail!("the helper's answer is none to 'off'; is it of another version?");
     };

@@ -126,6 +126,7 @@ pub fn check(
     };
     let mut findings = judge(&profile, known.filter(|_| fits), session);
     findings.extend(caught(session, &tally)?);
+    doubts.extend(untraced(session)?);
     findings.sort_by_key(|finding| std::cmp::Reverse(finding.severity));
 
     let not_judged = not_judged(session, &profile, &mut doubts, &mut remarks)?;
@@ -345,6 +346,24 @@ fn compare_roots(
     }
 }
 
+/// How often the guest was not traced for long while the trace was on, and why it was not
+/// at first.
+fn untraced(session: &Session) -> Result<Option<String>, SessionError> {
+    let findings = session.findings()?;
+    let mut whys = findings.iter().filter_map(|finding| match &finding.kind {
+        FindingKind::NotTraced { why } => Some(why),
+        _ => None,
+    });
+    let Some(first) = whys.next() else {
+        return Ok(None);
+    };
+    let times = 1 + whys.count();
+    Ok(Some(format!(
+        "the guest was not traced for two minutes and more while the trace was on ({times} times; \
+         the first time: {first})"
+    )))
+}
+
 /// In how many ways the guest was caught at one thing that are told apart: it may shut any
 /// gates it likes.
 const WAYS: usize = 16;
@@ -388,6 +407,8 @@ fn caught(session: &Session, tally: &Tally) -> Result<Vec<Finding>, SessionError
             | FindingKind::IntegrityDoubt(_)
             | FindingKind::NotLookedAt { .. }
             | FindingKind::BootWithoutReset { .. } => continue,
+            // See `untraced`.
+            FindingKind::NotTraced { .. } => continue,
             FindingKind::TracerOff => (
                 Rule::TracerOff,
                 "tracer",

@@ -8,39 +8,30 @@
 
 use std::time::{Duration, Instant};
 
+use crate::kernel::stock::StockError;
+use crate::session::{Finding, FindingKind};
+
 use super::engine::Engine;
 use super::rest::Rest;
-use super::watch::Guest;
+use super::watch::{wall_ns, Guest};
 
 /// How often it is looked whether it can be traced now; less often where a look takes
 /// long, for it follows the guest's tables, which may be as long as the guest likes.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
-/// A session whose guest is not traced for longer is told of.
-pub(super) const TELL_AFTER: Duration = Duration::from_secs(120);
+/// That a guest is not traced which is to be, is told after so long.
+const TELL_AFTER: Duration = Duration::from_secs(120);
 
 /// What keeps the guest's kernel from being traced.
 #[derive(Debug)]
 pub(super) struct Awaited {
     /// Why, for people.
     pub(super) why: String,
-    since: Instant,
+    /// What it is to be traced for, as named.
+    pub(super) functions: Vec<String>,
     rest: Rest,
-    told: bool,
 }
 
 impl Awaited {
-    /// It was looked at in this time.
-    fn new(why: String, times: (Instant, Instant)) -> Self {
-        let mut rest = Rest::default();
-        rest.at_least(times, LOOK_EVERY);
-        Self {
-            why,
-            since: times.0,
-            rest,
-            told: false,
-        }
-    }
-
     /// Whether it is time to look again.
     pub(super) fn is_due(&self, now: Instant) -> bool {
         self.rest.is_over(now)
@@ -50,46 +41,65 @@ impl Awaited {
     pub(super) fn hurry(&mut self) {
         self.rest.end();
     }
+}
+
+/// A guest that is to be traced and is not: it is down, or its kernel is waited for. One
+/// that boots again and again is so all the while.
+#[derive(Debug)]
+pub(super) struct Untraced {
+    since: Instant,
+    told: bool,
+}
+
+impl Untraced {
+    pub(super) fn new(since: Instant) -> Self {
+        Self { since, told: false }
+    }
 
     /// Whether it has lasted for so long that it is to be told of; once.
-    pub(super) fn is_to_be_told(&mut self, now: Instant) -> bool {
+    fn is_to_be_told(&mut self, now: Instant) -> bool {
         let long = now.saturating_duration_since(self.since) > TELL_AFTER;
-        let first = long && !self.told;
-        self.told |= first;
-        first
+        long && !std::mem::replace(&mut self.told, long)
     }
 }
 
 impl Engine {
-    /// Whether the guest's kernel, which is to be traced for these functions, has yet to
-    /// be waited for.
-    pub(super) fn has_to_wait(&mut self, guest: &Guest, functions: &[String]) -> bool {
+    /// Whether the guest's kernel can be traced for these functions now. If not, it is
+    /// waited for.
+    pub(super) fn is_ready(&mut self, guest: &Guest, functions: Vec<String>) -> bool {
         let begun = Instant::now();
-        let why = self.kept_from(guest, functions);
-        let times = (begun, Instant::now());
-        let Some(why) = why else {
+        let Some(error) = self.kept_from(guest, &functions) else {
             if self.awaited.take().is_some() {
-                log::info!("the guest's kernel can be traced now");
-            }
-            return false;
-        };
-        match &mut self.awaited {
-            Some(awaited) => {
-                awaited.rest.at_least(times, LOOK_EVERY);
-                awaited.why = why;
-            }
-            none => {
                 if let Some(again) = self.boots_said.say() {
+                    log::info!("the guest's kernel can be traced now{again}");
+                }
+            }
+            return true;
+        };
+        let comes = error.may_pass();
+        let why = format!("{:#}", anyhow::Error::from(error));
+        if self.awaited.is_none() {
+            self.untraced.get_or_insert(Untraced::new(begun));
+            match self.boots_said.say() {
+                Some(again) if comes => {
                     log::warn!("the guest is traced as soon as it can be; not yet: {why}{again}");
                 }
-                *none = Some(Awaited::new(why, times));
+                Some(again) => log::error!("the guest is not traced as it is to be: {why}{again}"),
+                None => {}
             }
         }
-        true
+        let mut rest = Rest::default();
+        rest.at_least((begun, Instant::now()), LOOK_EVERY);
+        self.awaited = Some(Awaited {
+            why,
+            functions,
+            rest,
+        });
+        false
     }
 
     /// What keeps a kernel from being traced that may be traced later.
-    fn kept_from(&self, guest: &Guest, functions: &[String]) -> Option<String> {
+    fn kept_from(&self, guest: &Guest, functions: &[String]) -> Option<StockError> {
         let mut names = Vec::new();
         for function in functions {
             // A function that it does not have will not come.
@@ -97,8 +107,31 @@ impl Engine {
             names.push(found.name);
         }
         let ram = &*self.attached.ram;
-        let why = guest.link.refuses(ram, &guest.symbols, &names)?;
-        Some(format!("{:#}", anyhow::Error::from(why)))
+        guest.link.refuses(ram, &guest.symbols, &names)
+    }
+
+    /// Tells that a guest has not been traced for long which is to be: to the session,
+    /// where one is open, and to the log.
+    pub(super) fn tell_untraced(&mut self, now: Instant) {
+        let untraced = self.untraced.as_mut();
+        if !untraced.is_some_and(|untraced| untraced.is_to_be_told(now)) {
+            return;
+        }
+        let why = match (&self.awaited, self.watch.rivals()) {
+            (Some(awaited), _) => awaited.why.clone(),
+            (None, Some(rivals)) => rivals.to_string(),
+            (None, None) => self.watch.why.clone(),
+        };
+        match &mut self.trace {
+            Some(trace) => trace.finding(Finding {
+                wall_ns: wall_ns(),
+                kind: FindingKind::NotTraced { why },
+            }),
+            None => log::error!(
+                "the guest is to be traced from its start, and has not been for {} s: {why}",
+                TELL_AFTER.as_secs()
+            ),
+        }
     }
 }
 
@@ -107,24 +140,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_takes_long_to_look_at_is_looked_at_less_often() {
+    fn what_lasts_long_is_told_once() {
         let begun = Instant::now();
-        for (took, rest) in [(1, 100), (11, 100), (200, 1800)] {
-            let now = begun + Duration::from_millis(took);
-            let awaited = Awaited::new("a test".to_owned(), (begun, now));
-            let rest = Duration::from_millis(rest);
-            assert!(!awaited.is_due(now + rest - Duration::from_millis(1)));
-            assert!(awaited.is_due(now + rest));
-        }
-    }
-
-    #[test]
-    fn what_is_waited_for_long_is_told_once() {
-        let begun = Instant::now();
-        let mut awaited = Awaited::new("a test".to_owned(), (begun, begun));
-        assert!(!awaited.is_to_be_told(begun + TELL_AFTER));
+        let mut untraced = Untraced::new(begun);
+        assert!(!untraced.is_to_be_told(begun + TELL_AFTER));
         let late = begun + TELL_AFTER + Duration::from_secs(1);
-        assert!(awaited.is_to_be_told(late));
-        assert!(!awaited.is_to_be_told(late));
+        assert!(untraced.is_to_be_told(late));
+        assert!(!untraced.is_to_be_told(late));
     }
 }

@@ -3,18 +3,18 @@
 //! domain is to be traced for from its start. A kernel that is not ready for that is
 //! waited for (`awaited`).
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Instant, UNIX_EPOCH};
 
 use crate::kernel::control::SwitchState;
 use crate::libvirt::run_dir::RunDir;
-use crate::session::{EndReason, Finding, FindingKind, Meta, Mode, State, META_FILE};
+use crate::session::{EndReason, Meta, Mode, State, META_FILE};
 
 use super::engine::Engine;
 use super::place;
 use super::trace::Trace;
-use super::watch::{wall_ns, Guest};
+use super::watch::Guest;
 
 /// How often it is tried to go on with a session before it is closed.
 const RESUME_TRIES: u32 = 3;
@@ -36,22 +36,16 @@ impl Engine {
     /// Sees to a kernel that was found since this was called last, or that was to be
     /// waited for.
     pub(super) fn attend_boot(&mut self) -> anyhow::Result<()> {
-        let now = Instant::now();
         if std::mem::take(&mut self.boot_due) {
             return self.booted();
         }
-        match &mut self.awaited {
-            Some(awaited) if awaited.is_due(now) => {
-                let long = awaited.is_to_be_told(now);
-                if let (true, Some(trace)) = (long, &mut self.trace) {
-                    trace.finding(Finding {
-                        wall_ns: wall_ns(),
-                        kind: FindingKind::TracerOff,
-                    });
-                }
-                self.go_on()
-            }
-            _ => Ok(()),
+        let due = self
+            .awaited
+            .as_ref()
+            .filter(|one| one.is_due(Instant::now()));
+        match due.map(|awaited| awaited.functions.clone()) {
+            Some(functions) => self.go_on(Some(functions)),
+            None => Ok(()),
         }
     }
 
@@ -77,34 +71,36 @@ impl Engine {
         // The first look, for the clock.
         self.look()?;
         if let Some(trace) = &mut self.trace {
+            trace.guest_gone();
             let mode = guest.link.mode();
             anyhow::ensure!(
                 trace.writer.meta.mode == mode,
                 "the guest has booted a kernel whose records are {}: that is no part of this session",
                 mode.text()
             );
-            trace.guest_gone();
-            if trace.writer.meta.boots.len() >= MAX_BOOTS {
+            if trace.boots >= MAX_BOOTS {
                 log::warn!("the guest has booted {MAX_BOOTS} times: the trace ends");
                 self.end_trace(EndReason::TooManyBoots);
                 return Ok(());
             }
+            trace.boots += 1;
         }
-        self.go_on()
+        let due = self.due(&guest);
+        self.go_on(due)
     }
 
     /// Goes on with what the kernel that was found is to be traced for, or begins it: at
     /// once, or as soon as that can be.
-    fn go_on(&mut self) -> anyhow::Result<()> {
+    fn go_on(&mut self, due: Option<Vec<String>>) -> anyhow::Result<()> {
         let Some(guest) = self.watch.known_guest().cloned() else {
             return Ok(());
         };
-        let due = self.due(&guest);
-        if self.has_to_wait(&guest, &due) {
+        if !due.is_none_or(|functions| self.is_ready(&guest, functions)) {
             return Ok(());
         }
-        if let Some(trace) = &mut self.trace {
+        if let Some(trace) = self.trace.as_mut().filter(|trace| trace.is_down()) {
             trace.boot(&guest, &self.watch)?;
+            self.untraced = None;
             return match self.switch_again() {
                 // It was reset once more meanwhile: the next boot is told of.
                 Err(error) if self.boot_due || self.watch.guest.is_none() => {
@@ -114,80 +110,97 @@ impl Engine {
                 result => result,
             };
         }
-        if self.start_done {
+        if self.trace.is_some() || self.start_done {
             return Ok(());
         }
+        let at_start = self.is_traced_at_start();
         let resumed = self.resume(&guest)?;
         self.start_done = true;
-        if !resumed && self.is_traced_at_start() {
-            if let Err(error) = self.on(Vec::new(), None, None, &|_| ()) {
+        if at_start && !resumed {
+            if let Err(error) = self.begin(Vec::new(), None, None, true, &|_| ()) {
                 log::error!("tracing from the start of the domain failed: {error:#}");
             }
         }
         Ok(())
     }
 
-    /// The functions that the guest is to be traced for without being asked; none if it
+    /// The functions that the guest is to be traced for without being asked; `None` if it
     /// is not to be.
-    fn due(&self, guest: &Guest) -> Vec<String> {
+    fn due(&self, guest: &Guest) -> Option<Vec<String>> {
         if self.trace.is_some() {
-            return self.wanted.clone().unwrap_or_default();
+            return self.wanted.clone();
         }
         if self.start_done {
-            return Vec::new();
+            return None;
         }
-        let sessions = self.sessions();
-        let mut left = sessions.iter().filter_map(|dir| Meta::load(dir).ok());
-        match (left.find(|meta| self.is_left(meta, guest)), &self.enrolment) {
-            (Some(meta), _) => meta.functions().to_vec(),
-            (None, Some(wanted)) if wanted.at_start => wanted.functions.clone(),
-            (None, _) => Vec::new(),
-        }
+        let functions = match self.left().find(|(_, meta)| is_of(meta, guest)) {
+            Some((_, meta)) => meta.functions().to_vec(),
+            None if self.is_traced_at_start() => self.enrolment.as_ref()?.functions.clone(),
+            None => return None,
+        };
+        // What had not begun yet is ended.
+        Some(functions).filter(|functions| !functions.is_empty())
     }
 
-    /// What was to be traced as soon as it can be is not any more. Whether there was
-    /// such a thing.
-    pub(super) fn call_off(&mut self) -> bool {
-        let guest = self.watch.known_guest().cloned();
-        let (Some(_), Some(guest)) = (self.awaited.take(), guest) else {
-            return false;
-        };
+    /// Whether the domain is to be traced from its start, and that has not been done yet.
+    pub(super) fn is_traced_at_start(&self) -> bool {
+        let wanted = self.enrolment.as_ref();
+        !self.start_done
+            && wanted.is_some_and(|wanted| wanted.at_start)
+            && !self
+                .metas()
+                .any(|(_, meta)| meta.qemu == self.attached.qemu)
+    }
+
+    /// The domain's sessions, newest first, with what is said of them.
+    fn metas(&self) -> impl Iterator<Item = (PathBuf, Meta)> + '_ {
+        let dirs = self.sessions().into_iter();
+        let metas = dirs.filter_map(|dir| Meta::load(&dir).ok().map(|meta| (dir, meta)));
+        metas.filter(|(_, meta)| meta.uuid == self.domain.uuid)
+    }
+
+    /// Those that helpers of this QEMU process left open, while that is not seen to.
+    pub(super) fn left(&self) -> impl Iterator<Item = (PathBuf, Meta)> + '_ {
+        let metas = self
+            .metas()
+            .filter(|_| self.trace.is_none() && !self.start_done);
+        metas.filter(|(_, meta)| meta.state == State::Open && meta.qemu == self.attached.qemu)
+    }
+
+    /// Sees to what was to be done at the start by closing what was left open, of which
+    /// it gives the newest. Nothing is waited for any more.
+    pub(super) fn close_left(&mut self, end: &EndReason) -> Option<(PathBuf, Meta)> {
+        self.awaited = None;
+        self.untraced = None;
+        let left: Vec<_> = self.left().collect();
         self.start_done = true;
-        for dir in self.sessions() {
-            if let Some(meta) = Meta::load(&dir).ok().filter(|at| self.is_left(at, &guest)) {
-                self.abandoned(dir, meta, EndReason::Off);
+        let closed = left.into_iter().map(|(dir, meta)| {
+            let meta = self.abandoned(&dir, meta, end.clone());
+            (dir, meta)
+        });
+        let closed: Vec<_> = closed.collect();
+        closed.into_iter().next()
+    }
+
+    /// Closes the sessions that helpers of other QEMU processes left open.
+    pub(super) fn close_others(&self) {
+        for (dir, meta) in self.metas() {
+            if meta.state == State::Open && meta.qemu != self.attached.qemu {
+                self.abandoned(&dir, meta, EndReason::HelperGone);
+                self.graphs.write(dir);
             }
         }
-        true
-    }
-
-    fn is_traced_at_start(&self) -> bool {
-        let wanted = self.enrolment.as_ref();
-        wanted.is_some_and(|wanted| wanted.at_start)
-    }
-
-    /// Whether a session is one that a helper of this QEMU process left open, which this
-    /// guest can go on with.
-    fn is_left(&self, meta: &Meta, guest: &Guest) -> bool {
-        meta.state == State::Open
-            && meta.uuid == self.domain.uuid
-            && meta.qemu == self.attached.qemu
-            && meta.mode == guest.link.mode()
     }
 
     /// Goes on with a session that a helper of this same QEMU process left
     /// open. Sessions that others left open are closed.
     fn resume(&mut self, guest: &Guest) -> anyhow::Result<bool> {
         let mut resumed = false;
-        for dir in self.sessions() {
-            let Ok(meta) = Meta::load(&dir) else {
-                continue;
-            };
-            if meta.state == State::Closed || meta.uuid != self.domain.uuid {
-                continue;
-            }
-            if resumed || !self.is_left(&meta, guest) {
-                self.abandoned(dir, meta, EndReason::HelperGone);
+        self.close_others();
+        for (dir, meta) in self.left().collect::<Vec<_>>() {
+            if resumed || !is_of(&meta, guest) {
+                self.abandoned(&dir, meta, EndReason::HelperGone);
+                self.graphs.write(dir);
                 continue;
             }
             let ram = Arc::clone(&self.attached.ram);
@@ -201,7 +214,8 @@ impl Engine {
                 Err(error) => {
                     let why = format!("it could not be gone on with: {error}");
                     log::error!("the session in {dir:?} is closed: {why}");
-                    self.abandoned(dir, meta, EndReason::Error(why));
+                    self.abandoned(&dir, meta, EndReason::Error(why));
+                    self.graphs.write(dir);
                     continue;
                 }
             };
@@ -228,7 +242,7 @@ impl Engine {
 
     /// Closes a session whose helper has gone. All that is known of its end is
     /// when it was saved last.
-    fn abandoned(&self, dir: PathBuf, mut meta: Meta, end: EndReason) {
+    fn abandoned(&self, dir: &Path, mut meta: Meta, end: EndReason) -> Meta {
         let saved = std::fs::metadata(dir.join(META_FILE)).and_then(|file| file.modified());
         meta.ended_ns = saved
             .ok()
@@ -236,10 +250,10 @@ impl Engine {
             .map(|since| since.as_nanos() as u64);
         meta.state = State::Closed;
         meta.end = Some(end);
-        if let Err(error) = meta.save(&dir) {
+        if let Err(error) = meta.save(dir) {
             log::error!("the session in {dir:?} cannot be closed: {error}");
         }
-        self.graphs.write(dir);
+        meta
     }
 
     /// What a session was at whose helper has gone.
@@ -257,4 +271,9 @@ impl Engine {
             Resumed::Ending
         }
     }
+}
+
+/// Whether a session that was left open is of a kernel like that which the guest runs.
+fn is_of(meta: &Meta, guest: &Guest) -> bool {
+    meta.mode == guest.link.mode()
 }

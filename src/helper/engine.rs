@@ -18,7 +18,7 @@ use crate::libvirt::run_dir::RunDir;
 use crate::libvirt::xml::DomainXml;
 use crate::session::{domain_dir, DomainFindings, EndReason, Finding, FindingKind, Meta};
 
-use super::awaited::Awaited;
+use super::awaited::{Awaited, Untraced};
 use super::booted::BootLook;
 use super::graphs::Graphs;
 use super::notify::Notifier;
@@ -85,6 +85,8 @@ pub(super) struct Engine {
     pub(super) boot_due: bool,
     /// What keeps the kernel that was found from being traced as it is to be.
     pub(super) awaited: Option<Awaited>,
+    /// Since when the guest has not been traced that is to be.
+    pub(super) untraced: Option<Untraced>,
     boot_look: BootLook,
     pub(super) last_session: Option<PathBuf>,
     pub(super) said: RateLimit,
@@ -163,6 +165,7 @@ impl Engine {
             start_done: false,
             boot_due: false,
             awaited: None,
+            untraced: None,
             boot_look: BootLook::default(),
             last_session: None,
             said: RateLimit::new(3, Duration::from_secs(60)),
@@ -194,6 +197,7 @@ impl Engine {
         wake: BorrowedFd<'_>,
         signals: BorrowedFd<'_>,
     ) -> Ended {
+        self.close_others();
         loop {
             let tick = if self.trace.is_some() {
                 TICK_TRACING
@@ -204,6 +208,9 @@ impl Engine {
             super::server::drain_wake(wake);
             if ended {
                 log::info!("the domain's QEMU process has ended");
+                if let Some((dir, _)) = self.close_left(&EndReason::VmEnded) {
+                    self.graphs.write(dir);
+                }
                 self.end_trace(EndReason::VmEnded);
                 return Ended::Vm;
             }
@@ -262,6 +269,7 @@ impl Engine {
         self.attend_modules();
         self.look()?;
         self.attend_boot()?;
+        self.tell_untraced(Instant::now());
         if let Some(patrol) = &mut self.patrol {
             patrol.follow(&self.watch, &self.attached.ram, &self.live);
         }
@@ -297,6 +305,7 @@ impl Engine {
                 self.awaited = None;
                 if let Some(trace) = &mut self.trace {
                     trace.guest_gone();
+                    self.untraced.get_or_insert(Untraced::new(Instant::now()));
                 }
             }
             Seen::Booted => {
@@ -363,6 +372,7 @@ impl Engine {
     pub(super) fn end_trace(&mut self, end: EndReason) {
         self.wanted = None;
         self.awaited = None;
+        self.untraced = None;
         let _ = self.drain_rest();
         if let Some(trace) = self.trace.take() {
             let closed = trace.close(end, &self.watch);
@@ -374,6 +384,7 @@ impl Engine {
     /// A session is open.
     pub(super) fn begun(&mut self, mut trace: Trace) {
         trace.writer.set_limit(self.config.limits.session_size.0);
+        self.untraced = None;
         self.trace = Some(trace);
         self.guard();
     }

@@ -1,6 +1,6 @@
 //! The kernel that a running domain runs, for a command that is gone in a moment.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -44,17 +44,20 @@ pub(super) fn places(enrolment: Option<&Enrolment>, config: &Config) -> Vec<Path
 
 /// Finds the kernel that lives; where none is seen to within `patience` (a
 /// paused guest's does not), or none can be traced, the one where a helper has
-/// seen it, or else the most convincing one.
+/// seen it, or else the most convincing one. What the domain boots may be `named`: it is
+/// one more file that has symbols.
 ///
 /// # Errors
 /// If there is none, with what there is instead; and if several live.
 pub fn find_living(
     domain: &DomainXml,
     config: &Config,
+    named: Option<&Path>,
     attached: &Attached,
     patience: Duration,
 ) -> anyhow::Result<Living> {
-    let places = places(Enrolment::of(domain, config).as_ref(), config);
+    let mut places = places(Enrolment::of(domain, config).as_ref(), config);
+    places.extend(named.map(Path::to_owned));
     let mut watch = Watch::new(places.clone(), attached.max_cpus);
     let run_dir = RunDir::at(&config.paths.run);
     let known = place::noted(&run_dir, domain.uuid, attached.qemu);

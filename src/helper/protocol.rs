@@ -62,6 +62,9 @@ pub enum Reply {
         /// How far the records can be trusted.
         mode: Mode,
     },
+    /// To [`Request::Off`]: there was no session yet, and the trace that was to begin with
+    /// the domain is not begun any more.
+    CalledOff,
     /// To [`Request::Off`]: the session is closed.
     Off {
         /// The session.
@@ -128,6 +131,7 @@ pub enum GuestStatus {
         symbols: PathBuf,
         /// Whether they tell where the kernel's own list of symbols is, with which they
         /// were compared then. Otherwise only its banner says that they are its own.
+        #[serde(default = "yes")]
         compared: bool,
         /// Run-time address minus link-time address.
         slide: u64,
@@ -142,6 +146,11 @@ pub enum GuestStatus {
         /// In plain mode, how it is booted; none in a domain that is not enrolled.
         plain: Option<Box<PlainBoot>>,
     },
+}
+
+/// What helpers did before they said it.
+fn yes() -> bool {
+    true
 }
 
 /// How a guest without the patch is booted.

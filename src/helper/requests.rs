@@ -22,6 +22,13 @@ struct Off {
     left: Option<String>,
 }
 
+/// What `off` has ended.
+enum Ended {
+    Session(Off),
+    /// What was to be traced from the domain's start, and had not begun.
+    CalledOff,
+}
+
 impl Engine {
     pub(super) fn job(&mut self, job: Job) {
         // Whoever asked may be gone; the work is done all the same.
@@ -39,7 +46,8 @@ impl Engine {
                 buffer_kb,
             } => self.on(functions, interval_ns, buffer_kb, &progress),
             Request::Off => match self.off(EndReason::Off, &progress) {
-                Ok(off) => return self.answer_off(off, job.reply),
+                Ok(Ended::Session(off)) => return self.answer_off(off, job.reply),
+                Ok(Ended::CalledOff) => Ok(Reply::CalledOff),
                 Err(error) => Err(error),
             },
         };
@@ -73,17 +81,35 @@ impl Engine {
 
     /// Ends the trace, where nobody waits for its call flow.
     pub(super) fn end(&mut self, end: EndReason) -> Result<(), Refusal> {
-        let off = self.off(end, &|_| ())?;
-        self.graphs.write(off.session);
+        if let Ended::Session(off) = self.off(end, &|_| ())? {
+            self.graphs.write(off.session);
+        }
         Ok(())
     }
 
     /// Begins a trace, or has the one that runs trace other functions.
-    pub(super) fn on(
+    fn on(
         &mut self,
         functions: Vec<String>,
         interval_ns: Option<u64>,
         buffer_kb: Option<u32>,
+        progress: &dyn Fn(String),
+    ) -> Result<Reply, Refusal> {
+        // What was to be waited for may be there by now.
+        if let Some(awaited) = &mut self.awaited {
+            awaited.hurry();
+        }
+        self.begin(functions, interval_ns, buffer_kb, false, progress)
+    }
+
+    /// The same. What is `since_boot` has in mode plain what the guest has recorded since
+    /// it was booted, too.
+    pub(super) fn begin(
+        &mut self,
+        functions: Vec<String>,
+        interval_ns: Option<u64>,
+        buffer_kb: Option<u32>,
+        since_boot: bool,
         progress: &dyn Fn(String),
     ) -> Result<Reply, Refusal> {
         let wanted = self.enrolment.as_ref();
@@ -97,10 +123,6 @@ impl Engine {
                 "no function to trace: name one, as in 'xftrace on sys_openat', \
                  or enroll the domain with --functions"
             );
-        }
-        // What was to be waited for may be there by now.
-        if let Some(awaited) = &mut self.awaited {
-            awaited.hurry();
         }
         let (names, addresses) = self.resolve(&functions)?;
         let guest = self.alive()?;
@@ -120,8 +142,17 @@ impl Engine {
                  no keys, and its buffer's size is set at its boot (trace_buf_size=)"
             );
         }
+        // What still cannot be traced gives way to what is asked for.
+        self.awaited = None;
+        if let Some(trace) = self.trace.as_mut().filter(|trace| trace.is_down()) {
+            trace.boot(&guest, &self.watch)?;
+            self.untraced = None;
+        }
         let fresh = self.trace.is_none();
         if fresh {
+            if let Some((dir, _)) = self.close_left(&EndReason::HelperGone) {
+                self.graphs.write(dir);
+            }
             self.settle(progress)?;
             let interval = interval_ns.map_or(own_interval, Duration::from_nanos);
             let dir = crate::session::new_dir(&self.sessions_dir(), wall_ns())?;
@@ -142,7 +173,7 @@ impl Engine {
                 guest_counts: (mode == Mode::Plain).then(Default::default),
             };
             let ram = Arc::clone(&self.attached.ram);
-            let trace = Trace::begin(&dir, meta, &guest, &self.watch, ram)?;
+            let trace = Trace::begin(&dir, meta, &guest, &self.watch, ram, since_boot)?;
             self.begun(trace);
             self.buffer_kb = buffer_kb.unwrap_or(0);
         } else if interval_ns.is_some() || buffer_kb.is_some() {
@@ -183,13 +214,23 @@ impl Engine {
     /// Ends the trace: stop recording, read what is left, tracer nop, close.
     /// It ends also where the guest does not go along: `settle` sees to that.
     /// The call flow is yet to be written.
-    fn off(&mut self, end: EndReason, progress: &dyn Fn(String)) -> Result<Off, Refusal> {
+    fn off(&mut self, end: EndReason, progress: &dyn Fn(String)) -> Result<Ended, Refusal> {
+        // A session that another helper left open may be gone on with first.
+        if self.left().next().is_some() {
+            let _ = self.alive();
+        }
         if self.trace.is_none() {
-            if self.call_off() {
-                anyhow::bail!(
-                    "no trace is on; the one that was to begin as soon as the guest's kernel can \
-                     be traced is called off"
-                );
+            let at_start = self.is_traced_at_start();
+            if let Some((session, meta)) = self.close_left(&end) {
+                self.last_session = Some(session.clone());
+                return Ok(Ended::Session(Off {
+                    session,
+                    counters: meta.counters,
+                    left: None,
+                }));
+            }
+            if at_start {
+                return Ok(Ended::CalledOff);
             }
             return Err(match self.settle(progress) {
                 Ok(true) => anyhow::anyhow!(
@@ -229,14 +270,15 @@ impl Engine {
         };
         self.wanted = None;
         self.awaited = None;
+        self.untraced = None;
         let closed = trace.close(end, &self.watch);
         let counters = closed.meta.counters;
         let dir = self.closed(closed);
-        Ok(Off {
+        Ok(Ended::Session(Off {
             session: dir,
             counters,
             left,
-        })
+        }))
     }
 
     /// Has the guest record no more, reads the rest, and has it go back to

@@ -4,8 +4,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::config::AutoEnroll;
 use crate::detect::{Baseline, Store};
 use crate::keys::Tamper;
+use crate::libvirt::enrolment::Enrolment;
 use crate::session::{EndReason, Meta, State, FINDINGS_FILE};
 
 use super::boots::MAX_BOOTS;
@@ -239,6 +241,8 @@ fn a_guest_that_boots_without_end_ends_the_trace() {
     let trace = setting.engine.trace.as_mut().expect("a trace");
     let boot = trace.writer.meta.boots[0].clone();
     trace.writer.meta.boots = vec![boot; MAX_BOOTS - 1];
+    // Those too of which nothing came.
+    trace.boots = MAX_BOOTS - 1;
     setting.change_boot_id(2);
     setting.until("one boot more", |setting| {
         let trace = setting.engine.trace.as_ref().expect("a trace");
@@ -281,6 +285,112 @@ fn a_session_that_others_left_open_is_closed_as_what_is_known_of_it() {
     assert_eq!(meta.end, Some(EndReason::HelperGone));
     let ended = meta.ended_ns.expect("a time");
     assert!(before.abs_diff(ended) < 1_000_000_000, "{before} {ended}");
+}
+
+/// Whoever asks for the end of a trace right behind a helper's does not end another.
+#[test]
+fn off_ends_what_a_killed_helper_left_before_the_next_one_has_found_the_kernel() {
+    let mut setting = Setting::new();
+    assert!(matches!(setting.on(), Reply::On { .. }));
+    setting.killed_and_started();
+    let reply = setting.ask(Request::Off);
+    assert!(matches!(reply, Reply::Off { left: None, .. }), "{reply:?}");
+    assert_eq!(sessions(&setting)[0].end, Some(EndReason::Off));
+    assert_eq!(setting.state(), OFF);
+    // Nor does a kernel that does not live keep it open.
+    assert!(matches!(setting.on(), Reply::On { .. }));
+    setting.knobs.dead.store(true, Ordering::Release);
+    setting.killed_and_started();
+    let dir = crate::session::list(&setting.engine.sessions_dir()).remove(0);
+    match setting.ask(Request::Off) {
+        Reply::Off { session, .. } => assert_eq!(session, dir),
+        reply => panic!("{reply:?}"),
+    }
+    assert_eq!(sessions(&setting)[0].end, Some(EndReason::Off));
+    setting.knobs.dead.store(false, Ordering::Release);
+    setting.until("nop", |setting| setting.state() == OFF);
+    assert!(setting.engine.trace.is_none());
+}
+
+/// Nor does the end of the VM.
+#[test]
+fn what_a_helper_left_open_ends_with_its_vm() {
+    let mut setting = Setting::new();
+    assert!(matches!(setting.on(), Reply::On { .. }));
+    setting.killed_and_started();
+    let closed = setting.engine.close_left(&EndReason::VmEnded);
+    assert_eq!(closed.expect("a session").1.state, State::Closed);
+    assert_eq!(sessions(&setting)[0].end, Some(EndReason::VmEnded));
+    // It is not taken up by anyone after that.
+    setting.until("nop", |setting| setting.state() == OFF);
+    assert!(setting.engine.trace.is_none());
+}
+
+#[test]
+fn off_takes_back_what_was_to_begin_with_the_domain() {
+    let mut setting = Setting::new();
+    setting.killed_and_started();
+    let mut config = setting.engine.config.clone();
+    config.auto_enroll = AutoEnroll::All;
+    let mut at_start = Enrolment::of(&setting.engine.domain, &config).expect("enrolled");
+    at_start.at_start = true;
+    at_start.functions = vec!["vfs_read".to_owned()];
+    setting.engine.enrolment = Some(at_start.clone());
+    assert_eq!(setting.ask(Request::Off), Reply::CalledOff);
+    setting.until("the kernel", |setting| setting.engine.watch.guest.is_some());
+    setting.engine.round().expect("a round");
+    assert!(setting.engine.trace.is_none());
+    assert_eq!(sessions(&setting), []);
+    // It begins once in the life of a VM.
+    for (sessions_there, is_begun) in [(0, true), (1, false)] {
+        setting.killed_and_started();
+        setting.engine.enrolment = Some(at_start.clone());
+        setting.until("the kernel", |setting| setting.engine.watch.guest.is_some());
+        setting.engine.round().expect("a round");
+        assert_eq!(setting.engine.trace.is_some(), is_begun);
+        assert_eq!(
+            sessions(&setting).len(),
+            sessions_there + usize::from(is_begun)
+        );
+        if is_begun {
+            assert!(matches!(setting.ask(Request::Off), Reply::Off { .. }));
+        }
+    }
+}
+
+/// However often it boots meanwhile.
+#[test]
+fn a_guest_that_is_not_traced_for_long_is_told_of() {
+    let mut setting = Setting::new();
+    assert!(matches!(setting.on(), Reply::On { .. }));
+    let dir = crate::session::list(&setting.engine.sessions_dir()).remove(0);
+    let told = |setting: &mut Setting, seconds| {
+        let later = std::time::Instant::now() + Duration::from_secs(seconds);
+        setting.engine.tell_untraced(later);
+        let found = std::fs::read_to_string(dir.join(FINDINGS_FILE)).unwrap_or_default();
+        found.matches("not-traced").count()
+    };
+    assert_eq!(told(&mut setting, 1000), 0);
+    setting.knobs.dead.store(true, Ordering::Release);
+    for boot in 2..4 {
+        setting.change_boot_id(boot);
+        setting.until("the reset", |setting| setting.engine.watch.guest.is_none());
+        assert_eq!(told(&mut setting, 60), 0);
+    }
+    assert_eq!(told(&mut setting, 130), 1);
+    assert_eq!(told(&mut setting, 1000), 1);
+    let verdict = crate::detect::check(&crate::session::Session::open(&dir).expect("it"), None);
+    let doubts = verdict.expect("a verdict").doubts;
+    assert!(
+        doubts.iter().any(|doubt| doubt.contains("was reset")),
+        "{doubts:?}"
+    );
+    setting.knobs.dead.store(false, Ordering::Release);
+    setting.until("it is up", |setting| {
+        let trace = setting.engine.trace.as_ref();
+        trace.is_some_and(|trace| !trace.is_down())
+    });
+    assert_eq!(told(&mut setting, 1000), 1);
 }
 
 #[test]

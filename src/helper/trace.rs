@@ -61,8 +61,12 @@ pub(super) struct Trace {
     pub(super) writer: SessionWriter,
     pub(super) keys: Keys,
     ram: Arc<dyn GuestRam>,
-    /// None while the guest is down.
+    /// None while the guest is down, or cannot be traced yet.
     live: Option<Live>,
+    /// How often the guest has booted, traced or not.
+    pub(super) boots: usize,
+    /// What was recorded since the first boot is part of it.
+    since_boot: bool,
     held: Vec<Chunk>,
     held_bytes: usize,
     saved: Instant,
@@ -99,6 +103,7 @@ impl Trace {
         guest: &Guest,
         watch: &Watch,
         ram: Arc<dyn GuestRam>,
+        since_boot: bool,
     ) -> Result<Self, TraceError> {
         let interval = Duration::from_nanos(meta.interval_ns);
         let writer = SessionWriter::create(dir, meta)?;
@@ -106,6 +111,8 @@ impl Trace {
             Ok((Klog::create(&dir.join(KLOG_FILE))?, KeyHistory::default()))
         })?;
         let mut trace = Self::new(writer, keys, ram);
+        trace.boots = 1;
+        trace.since_boot = since_boot;
         trace.boot(guest, watch)?;
         Ok(trace)
     }
@@ -158,6 +165,8 @@ impl Trace {
     fn new(writer: SessionWriter, keys: Keys, ram: Arc<dyn GuestRam>) -> Self {
         Self {
             unstored_before: writer.meta.counters.unstored_bytes,
+            boots: writer.meta.boots.len(),
+            since_boot: false,
             writer,
             keys,
             ram,
@@ -223,7 +232,7 @@ impl Trace {
             (Keys::Handed(keys), Link::Keyed(control)) if number > 1 => {
                 keys.retarget(Some(*control));
             }
-            (_, Link::Plain(_)) if number == 1 => self.begin_plain()?,
+            (_, Link::Plain(_)) if number == 1 && !self.since_boot => self.begin_plain()?,
             _ => {}
         }
         // Of a session that has just begun, the directory has to be there.
@@ -233,6 +242,11 @@ impl Trace {
             Ok(()) => {}
         }
         Ok(())
+    }
+
+    /// Whether nothing is read of the guest, since it is down or cannot be traced yet.
+    pub(super) fn is_down(&self) -> bool {
+        self.live.is_none()
     }
 
     /// The guest was reset: what was held back was read from memory that is

@@ -153,7 +153,10 @@ impl Engine {
         loop {
             // A session that another helper left open comes before anything
             // that is asked of this one.
-            self.attend_boot()?;
+            if let Err(error) = self.attend_boot() {
+                self.failed(&format!("{error:#}"));
+                return Err(error);
+            }
             if let Some(guest) = &self.watch.guest {
                 if self.watch.liveness.is_fresh(&*ram, &guest.link) {
                     return Ok(guest.clone());

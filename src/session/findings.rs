@@ -42,6 +42,11 @@ pub enum FindingKind {
     },
     /// The guest's tracer is not function_graph while the trace is on.
     TracerOff,
+    /// The guest was down for long, or booted and could not be traced.
+    NotTraced {
+        /// Why.
+        why: String,
+    },
     /// The guest's ring buffer, or a part of it, takes no records while the trace is on.
     RecordingOff {
         /// What keeps them out, where that is known.

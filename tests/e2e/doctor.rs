@@ -60,6 +60,9 @@ fn type_all(guest: &TestGuest, lines: &[String]) {
         let (typed, note) = line.split_once("    (").unwrap_or((line, ""));
         if note.starts_with("once it is off") {
             guest.wait_until_off(SOON).unwrap();
+            // As people wait for it: for a moment it is neither.
+            let is_off = || Ok((guest.state()? == "shut off").then_some(()));
+            wait_for(SOON, is_off).unwrap();
         }
         match typed.starts_with("virsh shutdown ") {
             true => drop(guest.spawn("poweroff -f").unwrap()),

@@ -263,8 +263,13 @@ fn a_raw_copy_is_read_with_its_machine() {
         assert_eq!(warned, memory > 4096, "{}", status.messages);
         // The check goes through all of it, modules and what the kernel allocated.
         let bzimage = traced.lab().artifacts(kernel).unwrap().bzimage;
+        // Which has its symbols too.
         let kernel = ["--kernel", bzimage.to_str().unwrap()];
-        let all = [&["check", "--machine", "pc"], &image[..], &kernel].concat();
+        let all = [
+            &["check", "--machine", "pc", "--memory", copy.path()],
+            &kernel[..],
+        ]
+        .concat();
         let checked = xftrace(&traced, traced.dir(), &all);
         assert_eq!(
             checked.code,

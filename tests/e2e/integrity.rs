@@ -421,3 +421,21 @@ fn what_hosts_of_guests_and_containers_do_is_clean() {
     let clean = || Ok(found(&checked.live().1).is_empty().then_some(()));
     wait_for(Duration::from_secs(30), clean).expect("a clean guest");
 }
+
+/// Its trampoline is made before the kernel has put its processor's NOPs into its own code.
+#[test]
+fn a_tracer_of_the_command_line_is_no_finding() {
+    for kernel in ["stock-6.1-cloud", "stock-6.12-cloud"] {
+        let guest = TestGuest::define(&Domain {
+            kernel: kernel.to_owned(),
+            memory: 384,
+            append: "ftrace=function ftrace_filter=vfs_read".to_owned(),
+            ..Domain::new("early-tracer")
+        });
+        guest.start().unwrap();
+        let tracer = guest.run("cat /sys/kernel/tracing/current_tracer").unwrap();
+        assert_eq!(tracer.text, "function\n");
+        let symbols = guest.lab().artifacts(kernel).unwrap().bzimage;
+        memory_is_clean(&guest, &symbols);
+    }
+}

@@ -5,7 +5,7 @@ use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
 use std::time::Duration;
 use xftrace::helper::protocol::{GuestStatus, Status};
-use xftrace::kernel::stock::reserved_command_line;
+use xftrace::kernel::stock::{command_line, reserved_command_line};
 use xftrace::session::{list, Meta, Mode, State};
 use xftrace_lab::{wait_for, Backing, Domain, Guest};
 
@@ -76,6 +76,65 @@ fn a_plain_guest_is_traced_from_its_start_and_after_a_reboot() {
     both_boots_are_whole(&traced, [first, second], 0);
 }
 
+/// What was booted for other functions than those that it is to be traced for: whoever
+/// asks for what there is, has that, once.
+#[test]
+fn what_is_asked_for_goes_before_what_is_waited_for() {
+    let guest = TestGuest::define(&Domain {
+        kernel: "stock-6.1-cloud".to_owned(),
+        backing: Backing::File,
+        memory: 384,
+        append: command_line(&["__x64_sys_read"]),
+        ..Domain::new("asked-for")
+    });
+    let options = ["--at-start", "--functions", "sys_openat"];
+    let traced = Traced::start_with(guest, &options);
+    traced.until("a guest that is waited for", |status| {
+        let other = |why: &String| why.contains("booted with, which are __x64_sys_read");
+        status.awaited.as_ref().is_some_and(other) && status.trace.is_none()
+    });
+    traced.on(&["sys_read"]);
+    let pid = reads_of(&traced, 500);
+    // It is looked at ten times a second, whether what is waited for has come.
+    std::thread::sleep(Duration::from_secs(1));
+    let session = traced.off();
+    assert_eq!(session.meta.boots.len(), 1);
+    assert_eq!(recorded_reads(&session, 1, pid), 500);
+    // And that was it.
+    traced.reboot().unwrap();
+    traced.until("its next boot", |status| {
+        assert!(status.awaited.is_none() && status.trace.is_none());
+        matches!(status.guest, GuestStatus::Alive { .. })
+    });
+    let off = traced.command(&["off"]).assert().code(2);
+    let said = String::from_utf8_lossy(&off.get_output().stderr).into_owned();
+    assert!(said.contains("no trace is on"), "{said}");
+    assert_eq!(list(&traced.lab().sessions(traced.name())).len(), 1);
+}
+
+/// One that nobody wants traced is waited for by nobody.
+#[test]
+fn a_plain_guest_that_is_not_to_be_traced_is_not_waited_for() {
+    let guest = TestGuest::define(&Domain {
+        kernel: "stock-6.1-cloud".to_owned(),
+        backing: Backing::File,
+        memory: 384,
+        ..Domain::new("not-asked-for")
+    });
+    let traced = Traced::start_with(guest, &["--functions", "sys_openat"]);
+    traced.until("why it cannot be traced", |status| {
+        assert!(status.awaited.is_none());
+        let GuestStatus::Alive { plain, .. } = &status.guest else {
+            return false;
+        };
+        plain.as_ref().is_some_and(|plain| plain.cannot.is_some())
+    });
+    let status = traced.command(&["status"]).output().unwrap();
+    let status = String::from_utf8_lossy(&status.stdout).into_owned();
+    assert!(status.contains("cannot be traced as it is: "), "{status}");
+    assert!(!status.contains("  waits "), "{status}");
+}
+
 #[test]
 fn a_reserved_ring_is_traced_as_soon_as_its_tracer_is_set_in_each_boot() {
     let traced = start("reserved-boots", "stock-6.12-cloud", "--plain=reserved");
@@ -109,7 +168,7 @@ fn a_reserved_ring_is_traced_as_soon_as_its_tracer_is_set_in_each_boot() {
     traced.destroy().unwrap();
     Guest::start(&traced).unwrap();
     awaited(&traced, false);
-    let off = traced.command(&["off"]).assert().code(2);
+    let off = traced.command(&["off"]).assert().success();
     let said = String::from_utf8_lossy(&off.get_output().stderr).into_owned();
     assert!(said.contains("is called off"), "{said}");
     set_tracer(&traced);

@@ -68,8 +68,11 @@ impl Watch<'_> {
         let looker = std::thread::spawn(move || {
             let (looks, stopped, end) = shared;
             while !end.load(Ordering::Relaxed) {
-                stopped.fetch_add(threads_stopped(qemu), Ordering::Relaxed);
-                looks.fetch_add(1, Ordering::Relaxed);
+                // A process that has gone, or that is none, shows nothing.
+                if let Some(found) = threads_stopped(qemu) {
+                    stopped.fetch_add(found, Ordering::Relaxed);
+                    looks.fetch_add(1, Ordering::Relaxed);
+                }
                 std::thread::sleep(LOOK_EVERY);
             }
         });
@@ -152,15 +155,19 @@ impl Drop for Watch<'_> {
     }
 }
 
-/// How many threads of a process are stopped: their stat says T or t.
-fn threads_stopped(pid: u32) -> u64 {
-    let threads = fs::read_dir(format!("/proc/{pid}/task"));
-    let states = threads.into_iter().flatten().flatten().map(|thread| {
+/// How many threads of a process are stopped: their stat says T or t. `None` where there
+/// is no QEMU.
+fn threads_stopped(pid: u32) -> Option<u64> {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).ok()?;
+    let states = threads.flatten().filter_map(|thread| {
         // One that has just ended has none.
-        let stat = fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+        let stat = fs::read_to_string(thread.path().join("stat")).ok()?;
         // proc(5): the state comes after the name, which may hold anything.
-        let state = stat.rsplit_once(") ").map(|(_, rest)| rest.to_owned());
-        state.is_some_and(|state| state.starts_with(['T', 't']))
+        let (_, rest) = stat.rsplit_once(") ")?;
+        Some(rest.starts_with(['T', 't']))
     });
-    states.filter(|&stopped| stopped).count() as u64
+    let states: Vec<bool> = states.collect();
+    let name = fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
+    let is_there = name.contains("qemu") && !states.is_empty();
+    is_there.then(|| states.iter().filter(|&&stopped| stopped).count() as u64)
 }

@@ -118,7 +118,8 @@ fn of_attached(
         lives: false,
         memory: Ok(None),
     };
-    looked.memory = match find_living(domain, config, attached, PATIENCE) {
+    let named = args.kernel.as_deref();
+    looked.memory = match find_living(domain, config, named, attached, PATIENCE) {
         Ok(living) => {
             looked.boot_id = living.boot_id;
             looked.lives = living.lives;
@@ -151,7 +152,10 @@ pub(super) fn of_image(
     args: &CheckArgs,
     path: &Path,
 ) -> anyhow::Result<Option<Memory>> {
-    let image = Saved::open(config, &args.image, path)?;
+    let mut option = args.image.clone();
+    // It has symbols too.
+    option.symbols = option.symbols.or_else(|| args.kernel.clone());
+    let image = Saved::open(config, &option, path)?;
     let symbols = Arc::clone(&image.symbols);
     let looked = look(
         config,

@@ -16,7 +16,7 @@ use crate::libvirt::connection::{Connection, ConnectionError, Domain};
 use crate::libvirt::enrolment::{advice, memory, untraceable, By, Enrolment};
 use crate::libvirt::memory::{find_backing, Held, MemoryError};
 use crate::libvirt::shell_word;
-use crate::libvirt::xml::{DomainXml, Trace};
+use crate::libvirt::xml::{DomainXml, Source, Trace};
 use crate::session::Mode;
 
 /// How long a helper may take to say how things stand.
@@ -110,6 +110,12 @@ fn find_again(error: &MemoryError, live: &DomainXml, name: &str) -> String {
         MemoryError::Io { source, .. } if source.kind() == std::io::ErrorKind::PermissionDenied => {
             format!("sudo xftrace doctor {name}")
         }
+        MemoryError::Ambiguous { .. } if live.backing.source == Some(Source::Memfd) => format!(
+            "virsh edit {name}    (in its <memoryBacking>, make <source type='memfd'/> \
+             <source type='file'/>)\n{}\n{}",
+            enrolling(live, name),
+            restart(name)
+        ),
         MemoryError::UnknownKind { .. }
         | MemoryError::Missing { .. }
         | MemoryError::Ambiguous { .. }
@@ -264,7 +270,9 @@ fn kernel(status: &Status, live: &DomainXml, name: &str, report: &mut Report) {
 fn fitting(path: &Path, compared: bool, live: &DomainXml, name: &str, report: &mut Report) {
     report.ok(format!("symbols {}", path.display()));
     if !compared {
-        report.advice(NOT_COMPARED, take_symbols(live, name));
+        let mend = take_symbols(live, name);
+        let when = "    (its helper takes them when the guest boots next)";
+        report.advice(NOT_COMPARED, format!("{mend}\nvirsh reboot {name}{when}"));
     }
 }
 

@@ -142,9 +142,8 @@ fn run_dir(config: &Config, report: &mut Report) {
 /// that the guest writes going to that disk in the end.
 fn backing_dir(config: &Config, report: &mut Report) {
     let conf = &config.paths.qemu_conf;
-    let text = match fs::read_to_string(conf) {
-        Ok(text) => text,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+    let dir = match backing_place(config) {
+        Ok(dir) => dir,
         Err(error) => {
             report.advice(
                 format!(
@@ -156,7 +155,6 @@ fn backing_dir(config: &Config, report: &mut Report) {
             return;
         }
     };
-    let dir = setting(&text, "memory_backing_dir").unwrap_or_else(|| DEFAULT_BACKING_DIR.into());
     let held = file_system(Path::new(&dir));
     match held.map(|held| held.filesystem_type()) {
         Some(kind) if kind == TMPFS_MAGIC || kind == HUGETLBFS_MAGIC => {
@@ -169,11 +167,22 @@ fn backing_dir(config: &Config, report: &mut Report) {
     }
 }
 
+/// Where libvirt puts memory files.
+fn backing_place(config: &Config) -> std::io::Result<String> {
+    let text = match fs::read_to_string(&config.paths.qemu_conf) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+        text => text?,
+    };
+    Ok(setting(&text, "memory_backing_dir").unwrap_or_else(|| DEFAULT_BACKING_DIR.into()))
+}
+
 /// Whether a domain that is off finds room for its memory where memory files go. Its
 /// QEMU would start all the same, and be killed when the guest touches more than there is.
 pub(super) fn room(config: &Config, memory: u64, report: &mut Report) {
-    let text = fs::read_to_string(&config.paths.qemu_conf).unwrap_or_default();
-    let dir = setting(&text, "memory_backing_dir").unwrap_or_else(|| DEFAULT_BACKING_DIR.into());
+    // What cannot be read is told of where the host is checked.
+    let Ok(dir) = backing_place(config) else {
+        return;
+    };
     let Some(held) = file_system(Path::new(&dir)) else {
         return;
     };
@@ -183,13 +192,13 @@ pub(super) fn room(config: &Config, memory: u64, report: &mut Report) {
     if held.blocks() == 0 || memory <= free {
         return;
     }
+    let place = shell_word(&mount_point(Path::new(&dir)).to_string_lossy());
     let mend = match held.filesystem_type() == TMPFS_MAGIC {
         true => format!(
-            "mount -o remount,size=90% {}    (of the host's memory; a line for it in /etc/fstab \
-             keeps it so)",
-            shell_word(&dir)
+            "mount -o remount,size=90% {place}    (of the host's memory; a line for it in \
+             /etc/fstab keeps it so)"
         ),
-        false => format!("df -h {}", shell_word(&dir)),
+        false => format!("df -h {place}    (make room there, or name another memory_backing_dir)"),
     };
     report.advice(
         format!(
@@ -210,6 +219,17 @@ pub(super) fn into_memory(conf: &Path) -> String {
          echo 'memory_backing_dir = \"/dev/shm\"' >> {conf}\n{}",
         daemon("restart")
     )
+}
+
+/// Where the file system is mounted in which a path is or would be.
+fn mount_point(path: &Path) -> &Path {
+    let there = path
+        .ancestors()
+        .filter_map(|dir| Some((dir, fs::metadata(dir).ok()?.dev())));
+    let mut there = there.peekable();
+    let device = there.peek().map(|(_, device)| *device);
+    let within = there.take_while(|(_, of)| Some(*of) == device);
+    within.last().map_or(path, |(dir, _)| dir)
 }
 
 /// The file system in which a path is or would be.
@@ -264,7 +284,8 @@ mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let mut config = Config::default();
         config.paths.qemu_conf = dir.path().join("qemu.conf");
-        fs::write(&config.paths.qemu_conf, "memory_backing_dir = \"/dev/shm\"").expect("a file");
+        let conf = "memory_backing_dir = \"/dev/shm/no/such\"";
+        fs::write(&config.paths.qemu_conf, conf).expect("a file");
         let said = |memory| {
             let mut report = Report::default();
             room(&config, memory, &mut report);
@@ -279,7 +300,7 @@ mod tests {
         );
         let mend = advice.mend.expect("a command");
         assert!(
-            mend.starts_with("mount -o remount,size=90% /dev/shm"),
+            mend.starts_with("mount -o remount,size=90% /dev/shm "),
             "{mend}"
         );
     }

@@ -62,9 +62,10 @@ fn boot_with(boot: &PlainBoot, live: &DomainXml, name: &str) -> String {
         (&boot.reserved, live.trace.as_ref().is_some_and(is_enrolled))
     {
         return format!(
-            "{typed}    (inside the guest, as root, after each boot)\n(or, where it was not booted \
-             with {needs}: {})",
-            enroll(needs)
+            "{}    (puts {needs} on its command line)\n{}\n{typed}    (inside the guest, as \
+             root, after each boot)",
+            enroll(needs),
+            restart(name)
         );
     }
     let needs = &boot.command_line;
@@ -192,7 +193,8 @@ mod tests {
         let enrolled = format!("functions='vfs_read' cmdline='{needs}'");
         let direct = domain("<kernel>/boot/vmlinuz</kernel>", &enrolled);
         let (_, mend) = said(&boot(&["vfs_read"], true), &direct);
-        assert!(mend.starts_with(&format!("{typed}    (inside")), "{mend}");
+        assert!(mend.starts_with("xftrace enroll web1 "), "{mend}");
+        assert!(mend.contains(&format!("\n{typed}    (inside")), "{mend}");
         assert!(!mend.contains("ftrace=function_graph "), "{mend}");
         assert!(mend.contains("--plain=reserved"), "{mend}");
     }

@@ -37,11 +37,15 @@ pub fn reserved_command_line<S: AsRef<str>>(functions: &[S]) -> (String, String)
 /// word: one that a shell could take for more than a name is not repeated.
 pub(crate) fn set_tracer(instance: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-    let instance = match instance.chars().all(plain) {
-        true => instance,
-        false => "INSTANCE",
+    let is_plain = instance.chars().all(plain) && instance.contains(|c: char| c != '.');
+    let (instance, note) = match is_plain {
+        true => (instance, ""),
+        false => (
+            "INSTANCE",
+            "    (INSTANCE being the one in /sys/kernel/tracing/instances)",
+        ),
     };
-    format!("echo function_graph > /sys/kernel/tracing/instances/{instance}/current_tracer")
+    format!("echo function_graph > /sys/kernel/tracing/instances/{instance}/current_tracer{note}")
 }
 
 /// Whether parameters are of [`reserved_command_line`].
@@ -65,7 +69,17 @@ mod tests {
     #[test]
     fn a_guest_puts_no_command_into_what_is_to_be_typed() {
         assert!(set_tracer("my_ring-1.2").contains("/instances/my_ring-1.2/"));
-        for name in ["x; reboot", "$(x)", "a/../b", "x`y`", "a\\nb", "a'b"] {
+        for name in [
+            "",
+            ".",
+            "..",
+            "x; reboot",
+            "$(x)",
+            "a/../b",
+            "x`y`",
+            "a\\nb",
+            "a'b",
+        ] {
             assert!(set_tracer(name).contains("/instances/INSTANCE/"), "{name}");
         }
     }

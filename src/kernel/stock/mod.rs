@@ -163,6 +163,20 @@ pub enum StockError {
     Ram(#[from] RamError),
 }
 
+impl StockError {
+    /// Whether it may be otherwise in the same boot: as the kernel starts, or when somebody
+    /// sets its tracer.
+    pub fn may_pass(&self) -> bool {
+        matches!(
+            self,
+            Self::NotRunning { .. }
+                | Self::TracerNotSet { .. }
+                | Self::TooSlow { .. }
+                | Self::Lost { .. }
+        )
+    }
+}
+
 impl From<BtfError> for StockError {
     fn from(error: BtfError) -> Self {
         match error {
