@@ -64,6 +64,12 @@ fn learn(store: &Store, name: &str, sessions: &[PathBuf]) -> anyhow::Result<Exit
                     left_out.cut,
                     left_out.incomplete
                 )?;
+                for (rule, what) in &taught.warnings {
+                    let (rule, what) = (rule.escape_debug(), what.escape_debug());
+                    out::message(&format!(
+                        "note: {shown}: learnt although it was warned of: {rule}: {what}"
+                    ));
+                }
                 if left_out.no_room > 0 {
                     writeln!(out, "{shown}: {} sightings found no room", left_out.no_room)?;
                 }

@@ -9,7 +9,7 @@ use crate::detect::profile::{Profile, Silence as Silent};
 use crate::detect::site::{is_dispatcher, is_system_call, Label, Labels, Site};
 use crate::detect::{profile_of, ProfileLimits, Severity, MIN_CALLS, MIN_SEEN};
 use crate::kernel::escape;
-use crate::session::{FindingKind, Session, SessionError, State};
+use crate::session::{ControlFlow, FindingKind, Session, SessionError, State};
 
 /// Why nothing is learnt from a session.
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +25,13 @@ pub enum LearnError {
         "the session is not of a clean guest: {0}; a baseline made of it would let the same pass"
     )]
     NotClean(String),
+    /// A baseline found something in it while it was traced.
+    #[error(
+        "the session is not of a clean guest by the baseline that judged it while it was traced: \
+         {0}. Where that is the guest's own all the same, which the baseline has yet to see, \
+         learn sessions that no baseline judges (enroll the domain without --baseline for them)"
+    )]
+    Judged(String),
     /// It has no calls.
     #[error("the session has no calls to learn from; trace a guest that works")]
     Empty,
@@ -37,7 +44,7 @@ pub enum LearnError {
 }
 
 /// What a session taught.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Learned {
     /// Calls in it.
     pub calls: u64,
@@ -47,6 +54,14 @@ pub struct Learned {
     pub new_sequences: usize,
     /// What was left out.
     pub skipped: Skipped,
+    /// What the session was warned of while it was traced, by the rule's name and what was
+    /// seen: the baseline takes it for the guest's own from now on.
+    pub warnings: BTreeSet<(String, String)>,
+}
+
+/// Whether it is a finding that only warns.
+fn warns(flow: &ControlFlow) -> bool {
+    flow.severity == Severity::Warning.text()
 }
 
 impl Baseline {
@@ -64,6 +79,14 @@ impl Baseline {
         {
             return Err(LearnError::Again);
         }
+        let warned = session
+            .findings()?
+            .into_iter()
+            .filter_map(|one| match one.kind {
+                FindingKind::ControlFlow(flow) if warns(&flow) => Some((flow.rule, flow.what)),
+                _ => None,
+            });
+        let warnings = warned.collect();
         let (edges, sequences) = (self.edges(), self.sequences());
         self.merge(&other)?;
         let learnt = other.sessions.values().next();
@@ -72,6 +95,7 @@ impl Baseline {
             new_edges: self.edges() - edges,
             new_sequences: self.sequences() - sequences,
             skipped: learnt.map(|learnt| learnt.skipped).unwrap_or_default(),
+            warnings,
         })
     }
 
@@ -93,17 +117,19 @@ impl Baseline {
         if session.meta.state == State::Open {
             return Err(LearnError::Open);
         }
-        let warns = |kind: &FindingKind| {
-            let warning = Severity::Warning.text();
-            matches!(kind, FindingKind::ControlFlow(flow) if flow.severity == warning)
-        };
+        let is_warning =
+            |kind: &FindingKind| matches!(kind, FindingKind::ControlFlow(flow) if warns(flow));
         let caught = session.findings()?;
         // A guest that was down for long is none that was caught.
         let is_caught = |kind: &&FindingKind| !matches!(kind, FindingKind::NotTraced { .. });
         let mut counts = caught.iter().map(|finding| &finding.kind).filter(is_caught);
-        if let Some(kind) = counts.find(|kind| strictly || !warns(kind)) {
+        if let Some(kind) = counts.find(|kind| strictly || !is_warning(kind)) {
             let text = serde_json::to_string(kind).unwrap_or_default();
-            return Err(LearnError::NotClean(format!("it was caught at {text}")));
+            let text = format!("it was caught at {text}");
+            return Err(match kind {
+                FindingKind::ControlFlow(_) => LearnError::Judged(text),
+                _ => LearnError::NotClean(text),
+            });
         }
         let mut banners = session.meta.boots.iter().map(|boot| boot.banner.trim_end());
         let banner = banners.next().ok_or(LearnError::Empty)?;

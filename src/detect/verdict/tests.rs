@@ -182,7 +182,7 @@ fn what_is_new_to_a_baseline_is_learnt_until_it_has_seen_enough() {
         (Severity::Critical, 2, true),
     ] {
         let error = learnt(severity, sessions);
-        let is_refused = matches!(error, LearnError::NotClean(_));
+        let is_refused = matches!(error, LearnError::Judged(_));
         assert_eq!(is_refused, refused, "{severity:?} {sessions}: {error}");
         // It has no calls.
         assert!(refused || matches!(error, LearnError::Empty), "{error}");
