@@ -74,7 +74,7 @@ pub(super) fn receive(line: &mut Line, domain: &DomainXml) -> anyhow::Result<Opt
 }
 
 /// Whether a connection fails because the other end is there no more.
-fn is_end(error: &io::Error) -> bool {
+pub(super) fn is_end(error: &io::Error) -> bool {
     matches!(
         error.kind(),
         io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe

@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use crate::kernel::stock::StockError;
 use crate::session::{Finding, FindingKind};
 
-use super::engine::Engine;
+use super::engine::{Engine, Refusal};
+use super::link::Link;
 use super::rest::Rest;
 use super::watch::{wall_ns, Guest};
 
@@ -21,13 +22,23 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// That a guest is not traced which is to be, is told after so long.
 const TELL_AFTER: Duration = Duration::from_secs(120);
 
+/// What a guest is to be traced for without being asked.
+#[derive(Clone, Debug)]
+pub(super) struct Due {
+    /// The functions, as named.
+    pub(super) functions: Vec<String>,
+    /// It was traced for them in this very boot, by another helper: whether the guest's own
+    /// filter has changed since then is no reason to wait.
+    pub(super) same_boot: bool,
+}
+
 /// What keeps the guest's kernel from being traced.
 #[derive(Debug)]
 pub(super) struct Awaited {
     /// Why, for people.
     pub(super) why: String,
-    /// What it is to be traced for, as named.
-    pub(super) functions: Vec<String>,
+    /// What it is to be traced for.
+    pub(super) due: Due,
     rest: Rest,
 }
 
@@ -64,50 +75,73 @@ impl Untraced {
 }
 
 impl Engine {
-    /// Whether the guest's kernel can be traced for these functions now. If not, it is
-    /// waited for.
-    pub(super) fn is_ready(&mut self, guest: &Guest, functions: Vec<String>) -> bool {
+    /// Whether the guest's kernel can be traced now. If not, it is waited for.
+    pub(super) fn is_ready(&mut self, guest: &Guest, due: &Due) -> bool {
         let begun = Instant::now();
-        let Some(error) = self.kept_from(guest, &functions) else {
-            if self.awaited.take().is_some() {
-                if let Some(again) = self.boots_said.say() {
-                    log::info!("the guest's kernel can be traced now{again}");
-                }
+        if let Some(error) = self.kept_from(guest, due) {
+            self.wait_since(begun, due.clone(), &error);
+            return false;
+        }
+        if self.awaited.take().is_some() {
+            if let Some(again) = self.boots_said.say() {
+                log::info!("the guest's kernel can be traced now{again}");
             }
-            return true;
-        };
-        let comes = error.may_pass();
-        let why = format!("{:#}", anyhow::Error::from(error));
+        }
+        true
+    }
+
+    /// The guest's kernel is waited for.
+    pub(super) fn wait(&mut self, due: Due, error: &Refusal) {
+        self.wait_since(Instant::now(), due, error);
+    }
+
+    fn wait_since(&mut self, begun: Instant, due: Due, error: &Refusal) {
         if self.awaited.is_none() {
             self.untraced.get_or_insert(Untraced::new(begun));
+            let passes = error.downcast_ref().is_none_or(StockError::may_pass);
             match self.boots_said.say() {
-                Some(again) if comes => {
-                    log::warn!("the guest is traced as soon as it can be; not yet: {why}{again}");
+                Some(again) if passes => {
+                    log::warn!(
+                        "the guest is traced as soon as it can be; not yet: {error:#}{again}"
+                    );
                 }
-                Some(again) => log::error!("the guest is not traced as it is to be: {why}{again}"),
+                Some(again) => {
+                    log::error!("the guest is not traced as it is to be: {error:#}{again}")
+                }
                 None => {}
             }
         }
         let mut rest = Rest::default();
         rest.at_least((begun, Instant::now()), LOOK_EVERY);
         self.awaited = Some(Awaited {
-            why,
-            functions,
+            why: format!("{error:#}"),
+            due,
             rest,
         });
-        false
     }
 
-    /// What keeps a kernel from being traced that may be traced later.
-    fn kept_from(&self, guest: &Guest, functions: &[String]) -> Option<StockError> {
-        let mut names = Vec::new();
-        for function in functions {
-            // A function that it does not have will not come.
-            let found = guest.symbols.resolve_function(function).ok()?;
-            names.push(found.name);
-        }
+    /// What keeps a kernel from being traced that may be traced later. One with the patch
+    /// is asked, and answers.
+    fn kept_from(&self, guest: &Guest, due: &Due) -> Option<Refusal> {
+        let Link::Plain(stock) = &guest.link else {
+            return None;
+        };
         let ram = &*self.attached.ram;
-        guest.link.refuses(ram, &guest.symbols, &names)
+        // A function that it does not have will not come.
+        let names = guest.symbols.full_names(&due.functions).ok()?;
+        let error = match due.same_boot {
+            true => stock.tracing(ram, &names).err(),
+            false => guest.link.refuses(ram, &guest.symbols, &names),
+        };
+        if let Some(error) = error {
+            return Some(error.into());
+        }
+        // What is written is written to a kernel that lives.
+        let lives = self.watch.liveness.is_fresh(ram, &guest.link);
+        let silent = self.watch.silent().as_millis();
+        (!lives).then(|| {
+            anyhow::anyhow!("the guest's kernel has shown no sign of life for {silent} ms")
+        })
     }
 
     /// Tells that a guest has not been traced for long which is to be: to the session,
@@ -120,7 +154,10 @@ impl Engine {
         let why = match (&self.awaited, self.watch.rivals()) {
             (Some(awaited), _) => awaited.why.clone(),
             (None, Some(rivals)) => rivals.to_string(),
-            (None, None) => self.watch.why.clone(),
+            (None, None) => match self.watch.why.as_str() {
+                "" => "its kernel has not been switched on".to_owned(),
+                why => why.to_owned(),
+            },
         };
         match &mut self.trace {
             Some(trace) => trace.finding(Finding {
@@ -128,7 +165,7 @@ impl Engine {
                 kind: FindingKind::NotTraced { why },
             }),
             None => log::error!(
-                "the guest is to be traced from its start, and has not been for {} s: {why}",
+                "the guest is to be traced, and has not been for {} s: {why}",
                 TELL_AFTER.as_secs()
             ),
         }

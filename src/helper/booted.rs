@@ -61,7 +61,9 @@ impl BootLook {
     ) -> PlainBoot {
         let still = self.last.as_ref().filter(|last| {
             let same = last.boot_id == boot_id && last.functions == functions;
-            same && (traced || now.saturating_duration_since(last.at) < EVERY)
+            // What is traced can be, whatever was seen just before.
+            let stands = traced && last.told.cannot.is_none();
+            same && (stands || now.saturating_duration_since(last.at) < EVERY)
         });
         if let Some(last) = still {
             return last.told.clone();

@@ -97,7 +97,7 @@ pub(super) struct Engine {
     /// How often going on with a session that was left open has failed.
     pub(super) resume_failed: u32,
     /// Sessions that are closed, which could not be noted in their directories.
-    unsaved: Vec<(PathBuf, Meta)>,
+    pub(super) unsaved: Vec<(PathBuf, Meta)>,
     unsaved_at: Instant,
     notifier: Option<Arc<Notifier>>,
     /// Who looks at the guest's memory, where that is wanted.
@@ -198,6 +198,9 @@ impl Engine {
         signals: BorrowedFd<'_>,
     ) -> Ended {
         self.close_others();
+        if self.left().next().is_some() || self.is_traced_at_start() {
+            self.untraced = Some(Untraced::new(Instant::now()));
+        }
         loop {
             let tick = if self.trace.is_some() {
                 TICK_TRACING
@@ -216,6 +219,9 @@ impl Engine {
             }
             if stopped {
                 log::info!("told to stop");
+                if let Some((dir, _)) = self.close_left(&EndReason::HelperStopped) {
+                    self.graphs.write(dir);
+                }
                 if self.trace.is_some() {
                     if let Err(error) = self.end(EndReason::HelperStopped) {
                         log::error!("the trace could not be ended in order: {error:#}");
@@ -311,6 +317,11 @@ impl Engine {
             Seen::Booted => {
                 self.awaited = None;
                 self.boot_due = true;
+                // Another kernel may live than the one that was followed, without a reset.
+                if let Some(trace) = &mut self.trace {
+                    trace.guest_gone();
+                    self.untraced.get_or_insert(Untraced::new(Instant::now()));
+                }
             }
         }
         Ok(seen)
@@ -426,7 +437,7 @@ impl Engine {
         let guest = match &self.watch.guest {
             Some(guest) => {
                 let plain = functions.and_then(|functions| {
-                    let traced = self.trace.is_some();
+                    let traced = self.trace.as_ref().is_some_and(|trace| !trace.is_down());
                     let ram = &*self.attached.ram;
                     let told = self.boot_look.told(ram, guest, functions, traced);
                     told.map(Box::new)

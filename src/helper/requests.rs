@@ -142,17 +142,13 @@ impl Engine {
                  no keys, and its buffer's size is set at its boot (trace_buf_size=)"
             );
         }
-        // What still cannot be traced gives way to what is asked for.
-        self.awaited = None;
-        if let Some(trace) = self.trace.as_mut().filter(|trace| trace.is_down()) {
+        let goes_on = self.trace.as_ref().is_some_and(Trace::is_down);
+        if let Some(trace) = self.trace.as_mut().filter(|_| goes_on) {
             trace.boot(&guest, &self.watch)?;
-            self.untraced = None;
         }
+        let left: Vec<_> = self.left().collect();
         let fresh = self.trace.is_none();
         if fresh {
-            if let Some((dir, _)) = self.close_left(&EndReason::HelperGone) {
-                self.graphs.write(dir);
-            }
             self.settle(progress)?;
             let interval = interval_ns.map_or(own_interval, Duration::from_nanos);
             let dir = crate::session::new_dir(&self.sessions_dir(), wall_ns())?;
@@ -192,10 +188,22 @@ impl Engine {
                 if fresh {
                     self.discard();
                 }
+                // What was waited for still is.
+                if let Some(trace) = self.trace.as_mut().filter(|_| goes_on) {
+                    trace.guest_gone();
+                }
                 return Err(error);
             }
         };
         self.wanted = Some(functions);
+        // What was waited for gives way to what is traced now.
+        self.awaited = None;
+        self.untraced = None;
+        self.start_done = true;
+        for (dir, meta) in left {
+            self.abandoned(&dir, meta, EndReason::HelperGone);
+            self.graphs.write(dir);
+        }
         let trace = self
             .trace
             .as_mut()
@@ -216,18 +224,16 @@ impl Engine {
     /// The call flow is yet to be written.
     fn off(&mut self, end: EndReason, progress: &dyn Fn(String)) -> Result<Ended, Refusal> {
         // A session that another helper left open may be gone on with first.
-        if self.left().next().is_some() {
-            let _ = self.alive();
-        }
+        let left = self.left().next().map(|(dir, _)| dir);
+        let answer = match left {
+            Some(_) => self.alive().map(drop),
+            None => Ok(()),
+        };
         if self.trace.is_none() {
             let at_start = self.is_traced_at_start();
-            if let Some((session, meta)) = self.close_left(&end) {
-                self.last_session = Some(session.clone());
-                return Ok(Ended::Session(Off {
-                    session,
-                    counters: meta.counters,
-                    left: None,
-                }));
+            self.close_left(&end);
+            if let Some(session) = left {
+                return self.ended(session, answer.err());
             }
             if at_start {
                 return Ok(Ended::CalledOff);
@@ -247,26 +253,22 @@ impl Engine {
             Some(_) => self.switch_off(progress),
             None => Err(anyhow::anyhow!("{}", self.watch.why)),
         };
-        let guest = self.watch.guest.as_ref().filter(|_| !self.boot_due);
-        let left = match (switched, guest.map(|guest| guest.link.mode())) {
-            (Ok(()), _) => None,
-            (Err(error), None) => {
+        let left = match switched {
+            Ok(()) => None,
+            Err(error) => self.left_in_guest(&error).or_else(|| {
                 progress(format!("ending the session without the guest: {error:#}"));
                 None
-            }
-            (Err(error), Some(Mode::Keyed)) => Some(format!(
-                "the guest's tracer is not nop yet: {error:#}; it is tried again every few seconds"
-            )),
-            (Err(error), Some(Mode::Plain)) => Some(format!(
-                "the guest's ring buffer may go on taking records, which nobody reads: {error:#}"
-            )),
+            }),
         };
         if let Some(left) = &left {
             log::warn!("the trace ends, but {left}");
         }
         progress("writing the call flow".to_owned());
         let Some(trace) = self.trace.take() else {
-            anyhow::bail!("the session was ended");
+            // Something failed, and that has ended it.
+            let session = self.last_session.clone();
+            let session = session.ok_or_else(|| anyhow::anyhow!("the session was ended"))?;
+            return self.ended(session, None);
         };
         self.wanted = None;
         self.awaited = None;
@@ -278,6 +280,30 @@ impl Engine {
             session: dir,
             counters,
             left,
+        }))
+    }
+
+    /// What is left to be done in a guest that did not go along, if there is one.
+    fn left_in_guest(&self, error: &Refusal) -> Option<String> {
+        let guest = self.watch.guest.as_ref().filter(|_| !self.boot_due)?;
+        Some(match guest.link.mode() {
+            Mode::Keyed => format!(
+                "the guest's tracer is not nop yet: {error:#}; it is tried again every few seconds"
+            ),
+            Mode::Plain => format!(
+                "the guest's ring buffer may go on taking records, which nobody reads: {error:#}"
+            ),
+        })
+    }
+
+    /// A session that was closed otherwise.
+    fn ended(&mut self, session: PathBuf, error: Option<Refusal>) -> Result<Ended, Refusal> {
+        let meta = Meta::load(&session)?;
+        self.last_session = Some(session.clone());
+        Ok(Ended::Session(Off {
+            session,
+            counters: meta.counters,
+            left: error.and_then(|error| self.left_in_guest(&error)),
         }))
     }
 

@@ -330,11 +330,7 @@ fn what_a_helper_left_open_ends_with_its_vm() {
 fn off_takes_back_what_was_to_begin_with_the_domain() {
     let mut setting = Setting::new();
     setting.killed_and_started();
-    let mut config = setting.engine.config.clone();
-    config.auto_enroll = AutoEnroll::All;
-    let mut at_start = Enrolment::of(&setting.engine.domain, &config).expect("enrolled");
-    at_start.at_start = true;
-    at_start.functions = vec!["vfs_read".to_owned()];
+    let at_start = at_start(&setting);
     setting.engine.enrolment = Some(at_start.clone());
     assert_eq!(setting.ask(Request::Off), Reply::CalledOff);
     setting.until("the kernel", |setting| setting.engine.watch.guest.is_some());
@@ -356,6 +352,43 @@ fn off_takes_back_what_was_to_begin_with_the_domain() {
             assert!(matches!(setting.ask(Request::Off), Reply::Off { .. }));
         }
     }
+}
+
+/// A helper that is stopped, for an update of it for instance, does not end what somebody
+/// wants.
+#[test]
+fn what_begins_with_the_domain_begins_again_with_the_next_helper() {
+    let mut setting = Setting::new();
+    let at_start = at_start(&setting);
+    for helpers in 1..4 {
+        setting.killed_and_started();
+        setting.engine.enrolment = Some(at_start.clone());
+        setting.until("a trace", |setting| setting.engine.trace.is_some());
+        setting.engine.end(EndReason::HelperStopped).expect("ended");
+        assert_eq!(sessions(&setting).len(), helpers);
+    }
+    // Nor does a reset just as it begins.
+    setting.killed_and_started();
+    setting.engine.enrolment = Some(at_start);
+    setting.knobs.deaf.store(true, Ordering::Release);
+    let id = std::sync::Arc::new(std::sync::atomic::AtomicU64::new(1));
+    setting.until("a try", |setting| {
+        let id = id.fetch_add(1, Ordering::AcqRel);
+        setting.change_boot_id(100 + id / 4);
+        id > 40
+    });
+    setting.knobs.deaf.store(false, Ordering::Release);
+    setting.until("a trace", |setting| setting.engine.trace.is_some());
+}
+
+/// Enrolled to be traced from its start.
+fn at_start(setting: &Setting) -> Enrolment {
+    let mut config = setting.engine.config.clone();
+    config.auto_enroll = AutoEnroll::All;
+    let mut enrolment = Enrolment::of(&setting.engine.domain, &config).expect("enrolled");
+    enrolment.at_start = true;
+    enrolment.functions = vec!["vfs_read".to_owned()];
+    enrolment
 }
 
 /// However often it boots meanwhile.

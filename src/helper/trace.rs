@@ -56,6 +56,13 @@ pub(super) enum TraceError {
     Stock(#[from] StockError),
 }
 
+impl TraceError {
+    /// Whether it is what a guest without the patch says of itself.
+    pub(super) fn is_stock(&self) -> bool {
+        matches!(self, Self::Stock(_) | Self::Link(LinkError::Stock(_)))
+    }
+}
+
 /// A session that is open.
 pub(super) struct Trace {
     pub(super) writer: SessionWriter,
@@ -157,7 +164,10 @@ impl Trace {
                 });
                 trace.live = Some(Live::new(&*trace.ram, guest, reader, array, decoder));
             }
-            None => trace.boot(guest, watch)?,
+            None => {
+                trace.boots += 1;
+                trace.boot(guest, watch)?;
+            }
         }
         Ok(trace)
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::kernel::Gva;
-use crate::session::SwitchChange;
+use crate::session::{Mode, SwitchChange};
 use crate::switch::{self, Command, Progress, SwitchError};
 
 use super::engine::{Engine, Refusal, TICK_TRACING};
@@ -36,12 +36,20 @@ impl Engine {
             self.look()?;
             std::thread::sleep(TICK_TRACING);
         }
-        let (names, addresses) = self.resolve(&functions)?;
-        let command = Command::On {
-            functions: addresses,
-            buffer_kb: self.buffer_kb,
+        let guest = self.watch.known_guest();
+        let plain = guest.filter(|guest| guest.link.mode() == Mode::Plain);
+        let turn = match plain.map(|guest| guest.symbols.full_names(&functions)) {
+            // Nobody has to answer for it, and that it lives was seen just now.
+            Some(names) => self.plain_record(true, &names?)?,
+            None => {
+                let (names, addresses) = self.resolve(&functions)?;
+                let command = Command::On {
+                    functions: addresses,
+                    buffer_kb: self.buffer_kb,
+                };
+                self.command(&command, &names, &|_| ())?
+            }
         };
-        let turn = self.command(&command, &names, &|_| ())?;
         if let Some(trace) = &mut self.trace {
             trace.switched(turn);
         }
@@ -127,16 +135,18 @@ impl Engine {
         }
     }
 
-    /// The same in a kernel without the patch, which nobody has to answer for:
-    /// it takes records from the next one on, or none any more.
+    /// The same in a kernel without the patch, which nobody has to answer for.
     fn plain_turn(&mut self, command: &Command, names: &[String]) -> Result<SwitchChange, Refusal> {
+        // Its tracer stays what the guest was booted with.
+        let on = matches!(command, Command::On { .. });
+        self.plain_record(on, names)
+    }
+
+    /// Such a kernel takes records from the next one on, or none any more.
+    fn plain_record(&mut self, on: bool, names: &[String]) -> Result<SwitchChange, Refusal> {
         if let Some(trace) = &mut self.trace {
-            match command {
-                Command::On { .. } => trace.record(true)?,
-                Command::Stop => trace.record(false)?,
-                // Its tracer stays what the guest was booted with.
-                Command::Off => {}
-            }
+            anyhow::ensure!(!(on && trace.is_down()), "the guest was reset meanwhile");
+            trace.record(on)?;
         }
         Ok(SwitchChange {
             wall_ns: wall_ns(),

@@ -35,7 +35,7 @@ const RIVALS_GONE: u32 = 8;
 /// How many places of others are listed.
 const RIVALS_SHOWN: usize = 4;
 /// A heart that beat within this time is alive: guest memory may be written.
-const FRESH: Duration = Duration::from_millis(400);
+pub(super) const FRESH: Duration = Duration::from_millis(400);
 
 /// A kernel that lives.
 #[derive(Clone, Debug)]

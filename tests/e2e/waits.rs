@@ -49,6 +49,10 @@ fn set_tracer(traced: &Traced) {
 
 /// Ends the trace, in which a process of each of two boots has read so often.
 fn both_boots_are_whole(traced: &Traced, pids: [i32; 2], helpers: u64) {
+    // What kept it from being traced is over.
+    let status = traced.command(&["status"]).output().unwrap();
+    let status = String::from_utf8_lossy(&status.stdout).into_owned();
+    assert!(!status.contains("cannot be traced"), "{status}");
     let session = traced.off();
     let meta = &session.meta;
     assert_eq!((meta.mode, meta.boots.len()), (Mode::Plain, 2));

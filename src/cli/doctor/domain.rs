@@ -217,9 +217,11 @@ fn status(config: &Config, live: &DomainXml) -> anyhow::Result<Option<Status>> {
         return Ok(None);
     };
     line.patience(Some(PATIENCE))?;
-    line.send(&Request::Status)?;
-    match line.receive()? {
-        Some(Reply::Status(status)) => Ok(Some(*status)),
+    let reply = line.send(&Request::Status).and_then(|()| line.receive());
+    match reply {
+        Ok(Some(Reply::Status(status))) => Ok(Some(*status)),
+        Err(error) if !client::is_end(&error) => Err(error.into()),
+        // It is just ending.
         _ => Ok(None),
     }
 }
@@ -270,9 +272,17 @@ fn kernel(status: &Status, live: &DomainXml, name: &str, report: &mut Report) {
 fn fitting(path: &Path, compared: bool, live: &DomainXml, name: &str, report: &mut Report) {
     report.ok(format!("symbols {}", path.display()));
     if !compared {
-        let mend = take_symbols(live, name);
-        let when = "    (its helper takes them when the guest boots next)";
-        report.advice(NOT_COMPARED, format!("{mend}\nvirsh reboot {name}{when}"));
+        let mut mend = take_symbols(live, name);
+        let named = live
+            .trace
+            .as_ref()
+            .is_some_and(|trace| trace.symbols.is_some());
+        if !named {
+            mend.push_str(&format!(
+                "\nvirsh reboot {name}    (its helper takes them when the guest boots next)"
+            ));
+        }
+        report.advice(NOT_COMPARED, mend);
     }
 }
 

@@ -222,14 +222,18 @@ pub(super) fn into_memory(conf: &Path) -> String {
 }
 
 /// Where the file system is mounted in which a path is or would be.
-fn mount_point(path: &Path) -> &Path {
+fn mount_point(path: &Path) -> PathBuf {
+    let there = path.ancestors().find_map(|dir| dir.canonicalize().ok());
+    let path = there.unwrap_or_else(|| path.to_owned());
     let there = path
         .ancestors()
         .filter_map(|dir| Some((dir, fs::metadata(dir).ok()?.dev())));
     let mut there = there.peekable();
     let device = there.peek().map(|(_, device)| *device);
     let within = there.take_while(|(_, of)| Some(*of) == device);
-    within.last().map_or(path, |(dir, _)| dir)
+    within
+        .last()
+        .map_or_else(|| path.clone(), |(dir, _)| dir.to_owned())
 }
 
 /// The file system in which a path is or would be.

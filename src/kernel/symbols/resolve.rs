@@ -134,6 +134,21 @@ impl Symbols {
         })
     }
 
+    /// The full names of the functions that typed names mean, each once.
+    ///
+    /// # Errors
+    /// [`UnknownFunction`] of the first that means none.
+    pub fn full_names(&self, typed: &[String]) -> Result<Vec<String>, UnknownFunction> {
+        let mut names = Vec::new();
+        for name in typed {
+            let found = self.resolve_function(name)?.name;
+            if !names.contains(&found) {
+                names.push(found);
+            }
+        }
+        Ok(names)
+    }
+
     /// What the kernel's own Ftrace calls the function that a typed name means: it has
     /// each copy that the compiler made by a name of its own.
     ///
