@@ -60,6 +60,11 @@ fn daemon(verb: &str) -> String {
     }
 }
 
+/// Has the domain's QEMU start anew.
+fn restart(name: &str) -> String {
+    format!("virsh shutdown {name}\nvirsh start {name}    (once it is off)")
+}
+
 /// What was found, in order.
 #[derive(Debug, Default)]
 struct Report {

@@ -33,6 +33,7 @@ mod engine;
 mod fake;
 mod graphs;
 mod keyring;
+mod left;
 mod link;
 mod living;
 mod modules;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use nix::sys::statfs::{fstatfs, HUGETLBFS_MAGIC, TMPFS_MAGIC};
 
 use super::host::{into_memory, room};
-use super::Report;
+use super::{restart, Report};
 use crate::cli::client;
 use crate::cli::enroll_command::enroll_command;
 use crate::cli::status::NOT_COMPARED;
@@ -128,11 +128,6 @@ fn find_again(error: &MemoryError, live: &DomainXml, name: &str) -> String {
         | MemoryError::Arguments { .. }
         | MemoryError::Io { .. } => restart(name),
     }
-}
-
-/// Has the domain's QEMU start anew.
-pub(super) fn restart(name: &str) -> String {
-    format!("virsh shutdown {name}\nvirsh start {name}    (once it is off)")
 }
 
 /// The domain as it runs.

@@ -1,7 +1,6 @@
 //! What a guest without the patch is booted with.
 
-use super::domain::restart;
-use super::Report;
+use super::{restart, Report};
 use crate::cli::enroll_command::enroll_command;
 use crate::cli::guest_boot;
 use crate::helper::protocol::{PlainBoot, PlainRing};
