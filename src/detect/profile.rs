@@ -175,7 +175,7 @@ pub struct InModules {
     pub in_doubt: u64,
     /// Of that, how often the code was on no list.
     pub not_told: u64,
-    /// How often beside that code in the module area took part in a call that was not
+    /// How often beside that code in the module area was called, or called, which was not
     /// judged, since it was not seen whether it lies below what sets a module up.
     pub excused: u64,
 }

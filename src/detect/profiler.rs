@@ -196,7 +196,7 @@ impl<'n> Profiler<'n> {
         let asked = [of_func, of_caller].into_iter().flatten();
         match (is_loading, may_load) {
             (false, false) => asked.for_each(|told| self.profile.in_modules.add(told)),
-            (false, true) => self.profile.in_modules.excused += u64::from(asked.count() > 0),
+            (false, true) => self.profile.in_modules.excused += asked.count() as u64,
             (true, _) => {}
         }
         let label = match of_name {

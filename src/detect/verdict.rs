@@ -218,17 +218,16 @@ fn not_judged(
     } = profile.in_modules;
     if excused >= MIN_SEEN {
         remarks.push(format!(
-            "code in the module area took part in {excused} calls of which not all was seen that \
-             they lie below (records are lost, or their depths are not those of a whole trace), and \
-             which may have been a module that sets itself up: whether they lead to a hook is not \
-             judged"
+            "{excused} times code in the module area was called, or called, where not all was seen \
+             that this lies below (records are lost, or their depths are not those of a whole \
+             trace): it may have been a module that sets itself up, and is not judged"
         ));
     }
     if session.modules()?.is_empty() {
         rules.push(Rule::UnlistedModule);
     } else if profile.in_modules.tell_little() {
         rules.push(Rule::UnlistedModule);
-        remarks.push(format!(
+        doubts.push(format!(
             "of {all} times that code in the module area was called, or called, {in_doubt} lie \
              around changes of the guest's list of modules, or where nobody looked at it, and \
              {not_told} of these were of code that is on no list: whoever changes it all the time \
@@ -236,6 +235,11 @@ fn not_judged(
         ));
     }
     if profile.in_modules.are_excused() {
+        doubts.push(
+            "most of what code in the module area did is excused by that, so that a hook may be \
+             behind it: trace less, or with a larger --buffer-size, and see whether it stays so"
+                .to_owned(),
+        );
         rules.extend([Rule::UnlistedModule, Rule::UnknownModule]);
         rules.sort();
         rules.dedup();

@@ -51,6 +51,8 @@ struct Probe {
     is_return: bool,
     /// The functions that it calls.
     handlers: Vec<Gva>,
+    /// Those that are called where functions return, and are none of its own.
+    astray: Vec<Gva>,
 }
 
 /// A place that is probed.
@@ -121,6 +123,8 @@ impl Offsets {
 #[derive(Debug, Default)]
 pub(super) struct Probes {
     pub(super) places: Vec<Place>,
+    /// How many entries were looked at.
+    entries: usize,
     doubt: Option<String>,
 }
 
@@ -137,25 +141,31 @@ impl Probes {
     }
 }
 
+const TABLE: &str = "the table of kprobes";
+
 fn table(view: &View<'_>, probes: &mut Probes) -> Result<(), Obstacle> {
-    const TABLE: &str = "the table of kprobes";
     let offsets = Offsets::of(view)?;
     let table = view.address("kprobe_table")?;
-    let mut seen = 0;
     for bucket in 0..BUCKETS {
-        let mut node = view.pointer(table.wrapping_add(8 * bucket), TABLE)?;
-        while node.0 != 0 {
-            if seen >= MAX_ENTRIES {
-                return Err(Obstacle::Endless(TABLE));
-            }
-            seen += 1;
-            let kprobe = Gva(node.0.wrapping_sub(offsets.hlist));
-            let place = place(view, &offsets, kprobe, &mut |doubt| {
-                probes.doubt = Some(doubt)
-            });
-            probes.places.extend(place?);
-            node = view.pointer(node, TABLE)?;
-        }
+        let done = in_bucket(view, &offsets, table.wrapping_add(8 * bucket), probes);
+        go_on(done, &mut |doubt| probes.doubt = Some(doubt))?;
+    }
+    Ok(())
+}
+
+/// The kernel finds a kprobe by its bucket, whatever is wrong with the others.
+fn in_bucket(
+    view: &View<'_>,
+    offsets: &Offsets,
+    bucket: Gva,
+    probes: &mut Probes,
+) -> Result<(), Obstacle> {
+    let mut node = view.pointer(bucket, TABLE)?;
+    while node.0 != 0 {
+        let kprobe = Gva(node.0.wrapping_sub(offsets.hlist));
+        let place = place(view, offsets, kprobe, probes)?;
+        probes.places.extend(place);
+        node = view.pointer(node, TABLE)?;
     }
     Ok(())
 }
@@ -166,21 +176,31 @@ fn place(
     view: &View<'_>,
     offsets: &Offsets,
     kprobe: Gva,
-    doubt: &mut dyn FnMut(String),
+    probes: &mut Probes,
 ) -> Result<Option<Place>, Obstacle> {
-    let at = view.pointer(kprobe.wrapping_add(offsets.addr), WHAT);
-    let Some(at) = go_on(at.map(Some), doubt)? else {
-        return Ok(None);
-    };
-    let list = "the list of kprobes at one place";
-    let others = view.list(kprobe.wrapping_add(offsets.list.into()), offsets.list, list);
+    let Probes { doubt, entries, .. } = probes;
     let mut is_whole = true;
     let mut doubt = |text| {
         is_whole = false;
-        doubt(text);
+        *doubt = Some(text);
     };
+    let at = view.pointer(kprobe.wrapping_add(offsets.addr), WHAT);
+    let Some(at) = go_on(at.map(Some), &mut doubt)? else {
+        return Ok(None);
+    };
+    let mut all = vec![kprobe];
+    let others = kprobe.wrapping_add(offsets.list.into());
+    let list = "the list of kprobes at one place";
+    go_on(
+        view.list_into(others, offsets.list, list, &mut all),
+        &mut doubt,
+    )?;
     let mut probes = Vec::new();
-    for one in std::iter::once(kprobe).chain(go_on(others, &mut doubt)?) {
+    for one in all {
+        *entries += 1;
+        if *entries > MAX_ENTRIES {
+            return Err(Obstacle::Endless(TABLE));
+        }
         let probe = probe(view, offsets, one, &mut doubt);
         probes.extend(go_on(probe.map(Some), &mut doubt)?);
     }
@@ -213,7 +233,7 @@ fn probe(
     kprobe: Gva,
     doubt: &mut dyn FnMut(String),
 ) -> Result<Probe, Obstacle> {
-    let mut handlers = Vec::new();
+    let (mut handlers, mut astray) = (Vec::new(), Vec::new());
     for offset in offsets.handlers {
         handlers.push(view.pointer(kprobe.wrapping_add(offset), WHAT)?);
     }
@@ -224,13 +244,14 @@ fn probe(
         for offset in offsets.returns {
             handlers.push(view.pointer(kprobe.wrapping_add(offset), WHAT)?);
         }
-        go_on(returned_to(view, offsets, kprobe, &mut handlers), doubt)?;
+        go_on(returned_to(view, offsets, kprobe, &mut astray), doubt)?;
     }
     handlers.retain(|handler| handler.0 != 0);
     Ok(Probe {
         kprobe,
         is_return,
         handlers,
+        astray,
     })
 }
 
@@ -239,7 +260,7 @@ fn returned_to(
     view: &View<'_>,
     offsets: &Offsets,
     kprobe: Gva,
-    handlers: &mut Vec<Gva>,
+    astray: &mut Vec<Gva>,
 ) -> Result<(), Obstacle> {
     let Some(rethook) = offsets.rethook else {
         return Ok(());
@@ -247,8 +268,8 @@ fn returned_to(
     let rethook = view.pointer(kprobe.wrapping_add(rethook), WHAT)?;
     let [handler, _] = offsets.returns;
     let returns = (kprobe, handler, "kretprobe_rethook_handler");
-    let astray = dispatch::led_astray(view, rethook, returns)?;
-    handlers.extend(astray.into_iter().map(|(_, _, function)| function));
+    let led = dispatch::led_astray(view, rethook, returns)?;
+    astray.extend(led.into_iter().map(|(_, _, function)| function));
     Ok(())
 }
 
@@ -291,7 +312,10 @@ impl Probes {
 impl Place {
     /// Whether anything is called, and all of it is the kernel's own.
     fn is_own(&self, view: &View<'_>) -> bool {
-        let handlers = self.probes.iter().flat_map(|probe| &probe.handlers);
+        let handlers = self
+            .probes
+            .iter()
+            .flat_map(|probe| probe.handlers.iter().chain(&probe.astray));
         let mut handlers = handlers.peekable();
         handlers.peek().is_some() && handlers.all(|&handler| view.in_text(handler))
     }
@@ -415,6 +439,17 @@ fn judge(
             expected: "a function of the kernel's".to_owned(),
             found: view.name(handler),
             owner: Some(owner),
+        });
+    }
+    // The kernel's own too: none of them takes what it is given there.
+    for &function in &probe.astray {
+        report.add(Finding {
+            check: Check::Kprobes,
+            place: place.clone(),
+            address: at.0,
+            expected: "its own handler, by kretprobe_rethook_handler".to_owned(),
+            found: view.name(function),
+            owner: Some(owners.owner(view, function).to_string()),
         });
     }
     if !own.is_empty() {

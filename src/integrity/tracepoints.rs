@@ -34,11 +34,11 @@ pub(super) fn attached(
     report: &mut Report,
 ) {
     let mut looked_at = 0;
-    let mut doubts = Vec::new();
-    let done = functions(view, owners, image, report, &mut looked_at, &mut doubts)
-        .and_then(|()| events(view, image, report, &mut looked_at, &mut doubts));
-    doubts.extend(done.err().map(|error| error.to_string()));
-    report.done(Check::Tracepoints, looked_at, doubts.into_iter().next());
+    let mut doubt = None;
+    let done = functions(view, owners, image, report, &mut looked_at, &mut doubt)
+        .and_then(|()| events(view, image, report, &mut looked_at, &mut doubt));
+    let doubt = doubt.or_else(|| done.err().map(|error| error.to_string()));
+    report.done(Check::Tracepoints, looked_at, doubt);
 }
 
 /// `__tracepoints_ptrs`: offsets to each `struct tracepoint`, each from its own
@@ -49,7 +49,7 @@ fn functions(
     image: &super::Image,
     report: &mut Report,
     looked_at: &mut u64,
-    doubts: &mut Vec<String>,
+    doubt: &mut Option<String>,
 ) -> Result<(), Obstacle> {
     const WHAT: &str = "a tracepoint";
     let bounds = ["__start___tracepoints_ptrs", "__stop___tracepoints_ptrs"];
@@ -76,7 +76,7 @@ fn functions(
                 return Ok(());
             }
             if let Some(other) = judge(view, owners, report, &name, slot, function) {
-                doubts.push(other);
+                doubt.get_or_insert(other);
             }
         }
         Err(Obstacle::Endless("the functions at a tracepoint"))
@@ -86,9 +86,11 @@ fn functions(
         *looked_at += 1;
         let link = at.wrapping_add_signed(i64::from(i32::from_le_bytes(offset)));
         let done = look(view.kernel.runtime(Gva(link)));
-        go_on(done, &mut |doubt| damaged = Some(doubt))?;
+        go_on(done, &mut |why| damaged = Some(why))?;
     }
-    doubts.extend(damaged);
+    if let Some(damaged) = damaged {
+        doubt.get_or_insert(damaged);
+    }
     Ok(())
 }
 
@@ -130,7 +132,7 @@ fn events(
     image: &super::Image,
     report: &mut Report,
     looked_at: &mut u64,
-    doubts: &mut Vec<String>,
+    doubt: &mut Option<String>,
 ) -> Result<(), Obstacle> {
     let bounds = ["__start_ftrace_events", "__stop_ftrace_events"];
     let [Some(start), Some(stop)] = bounds.map(|name| view.symbols.address(name)) else {
@@ -143,7 +145,9 @@ fn events(
         *looked_at += 1;
         let event = view.kernel.runtime(event);
         let runs_bpf = dispatch::event_runs_bpf(view, event);
-        if go_on(runs_bpf, &mut |doubt| doubts.push(doubt))? {
+        if go_on(runs_bpf, &mut |why| {
+            doubt.get_or_insert(why);
+        })? {
             report.add(Finding {
                 check: Check::Tracepoints,
                 place: format!("event {}", view.name(event)),

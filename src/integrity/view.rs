@@ -163,6 +163,18 @@ impl<'a> View<'a> {
         what: &'static str,
     ) -> Result<Vec<Gva>, Obstacle> {
         let mut all = Vec::new();
+        self.list_into(head, offset, what, &mut all)?;
+        Ok(all)
+    }
+
+    /// The same, and `all` has those that come before what is wrong with the list.
+    pub(super) fn list_into(
+        &self,
+        head: Gva,
+        offset: u32,
+        what: &'static str,
+        all: &mut Vec<Gva>,
+    ) -> Result<(), Obstacle> {
         let mut node = self.pointer(head, what)?;
         while node != head {
             if all.len() >= MAX_ENTRIES {
@@ -171,7 +183,7 @@ impl<'a> View<'a> {
             all.push(Gva(node.0.wrapping_sub(offset.into())));
             node = self.pointer(node, what)?;
         }
-        Ok(all)
+        Ok(())
     }
 
     /// Whether a runtime address lies in the code of the kernel's image.

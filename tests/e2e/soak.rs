@@ -217,6 +217,9 @@ impl Soaked {
             "could-not-tell"
         };
         assert_eq!(flow["conclusion"], conclusion, "{flow:#}");
+        // All rules had their say.
+        let not_judged = flow["not_judged"].as_array().expect("rules");
+        assert!(not_judged.is_empty() || !self.keyed, "{not_judged:?}");
         let live = Session::open(session).expect("a session").findings();
         assert_eq!(live.expect("findings"), [], "while it was traced");
         flow["calls"].as_u64().expect("calls")

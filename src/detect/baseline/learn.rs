@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use super::{Band, Baseline, Function, Learnt, Root, Silence, Skipped, TwoKernels};
 use crate::callflow::{Kernels, Tally};
 use crate::detect::histogram::Histogram;
+use crate::detect::judge::judge;
 use crate::detect::profile::{Profile, Silence as Silent};
 use crate::detect::site::{is_dispatcher, is_system_call, Label, Labels, Site};
 use crate::detect::{profile_of, ProfileLimits, Severity, MIN_CALLS, MIN_SEEN};
@@ -138,6 +139,12 @@ impl Baseline {
         }
         let names = Kernels::of(session)?;
         let (profile, tally) = profile_of(session, &names, ProfileLimits::default())?;
+        // What no kernel does is not learnt, whether or not somebody judged it.
+        let found = judge(&profile, None, session);
+        if let Some(sure) = found.iter().find(|one| one.severity == Severity::Critical) {
+            let what = format!("{}: {}", sure.rule.name(), sure.what);
+            return Err(LearnError::NotClean(what));
+        }
         let mut baseline = Self::from_profile(banner, &profile, &tally)?;
         let learnt = Learnt {
             calls: tally.calls,

@@ -224,11 +224,12 @@ fn a_list_that_never_stands_still_tells_nothing() {
             not_told,
             excused: 0,
         };
-        let mut remarks = Vec::new();
-        let rules = not_judged(&session, &profile, &mut Vec::new(), &mut remarks);
+        // What it cannot tell is not clean.
+        let mut doubts = Vec::new();
+        let rules = not_judged(&session, &profile, &mut doubts, &mut Vec::new());
         let rules = rules.expect("rules");
         assert_eq!(rules.is_empty(), is_judged, "{:?}", profile.in_modules);
-        assert_eq!(remarks.is_empty(), is_judged, "{remarks:?}");
+        assert_eq!(doubts.is_empty(), is_judged, "{doubts:?}");
         assert!(is_judged || rules == [Rule::UnlistedModule], "{rules:?}");
     }
 }
@@ -249,9 +250,10 @@ fn where_most_of_what_modules_do_is_excused_nothing_is_judged_by_it() {
     ] {
         let mut profile = Profile::new(ProfileLimits::default());
         (profile.in_modules.all, profile.in_modules.excused) = (all, excused);
-        let mut remarks = Vec::new();
-        let rules = not_judged(&session, &profile, &mut Vec::new(), &mut remarks);
+        let (mut remarks, mut doubts) = (Vec::new(), Vec::new());
+        let rules = not_judged(&session, &profile, &mut doubts, &mut remarks);
         assert_eq!(remarks.len(), usize::from(is_told), "{remarks:?}");
+        assert_eq!(doubts.is_empty(), is_judged, "{doubts:?}");
         let wanted = [Rule::UnlistedModule, Rule::UnknownModule];
         let rules = rules.expect("rules");
         assert_eq!(rules.is_empty(), is_judged, "{rules:?}");

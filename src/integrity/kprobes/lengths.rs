@@ -17,6 +17,25 @@ pub(super) fn ends(code: &[u8], length: usize) -> bool {
     length == 0 || decode(code).find(reached) == Some(length)
 }
 
+/// Where instructions have distances, of four bytes, to what they refer to: how far that
+/// lies from where the next one begins.
+pub(super) fn distances(code: &[u8]) -> Vec<usize> {
+    let mut decoder = Decoder::new(64, code, DecoderOptions::NONE);
+    let mut all = Vec::new();
+    while decoder.can_decode() {
+        let begin = decoder.position();
+        let instruction = decoder.decode();
+        if instruction.is_invalid() {
+            break;
+        }
+        if instruction.is_ip_rel_memory_operand() {
+            let fields = decoder.get_constant_offsets(&instruction);
+            all.push(begin + fields.displacement_offset());
+        }
+    }
+    all
+}
+
 /// Where each instruction ends, as far as they can be told.
 fn decode(code: &[u8]) -> impl Iterator<Item = usize> + '_ {
     let mut decoder = Decoder::new(64, code, DecoderOptions::NONE);
@@ -42,6 +61,15 @@ mod tests {
             assert_eq!(ends(&code, at), places.contains(&at), "{at}");
             assert_eq!(is_one(&code, at), at == 4, "{at}");
         }
+        // Of the load and the addition; not of the call, nor where there are none.
+        assert_eq!(distances(&code), [8, 16]);
+        // movabs $.., %rax; mov $imm, %rdi; cmpl $imm, disp(%rip)
+        let code = [
+            0x48, 0xb8, 1, 2, 3, 4, 5, 6, 7, 8, 0x48, 0xc7, 0xc7, 1, 2, 3, 4, 0x81, 0x3d, 5, 6, 7,
+            8, 1, 2, 3, 4,
+        ];
+        assert_eq!(distances(&code), [19]);
+        assert!(distances(&[0x06]).is_empty());
         // Behind what is none, and where one is cut off, nothing is told.
         assert!(!ends(&[0x06, 0x90], 1));
         assert!(!ends(&[0xe8, 1, 2, 3], 4));

@@ -314,28 +314,20 @@ fn jumps(from: Gva, code: &[u8], at: Gva, size: u64) -> bool {
 }
 
 /// Whether these are the same instructions, but for distances to what they refer to,
-/// each less by how far they were moved.
+/// each less by how far they were moved (`__copy_instruction()`: those of operands alone,
+/// for what jumps by a distance is not copied).
 fn is_copy(copy: &[u8], original: &[u8], moved: u64) -> bool {
-    let distance = |code: &[u8], at: usize| {
-        let bytes = code.get(at..)?.first_chunk()?;
-        Some(u32::from_le_bytes(*bytes))
-    };
-    let mut at = 0;
-    while at < copy.len().max(original.len()) {
-        if copy.get(at) == original.get(at) {
-            at += 1;
-            continue;
-        }
-        let is_distance = |&from: &usize| {
-            let both = distance(copy, from).zip(distance(original, from));
-            both.is_some_and(|(copy, original)| copy == original.wrapping_sub(moved as u32))
-        };
-        match (at.saturating_sub(3)..=at).find(is_distance) {
-            Some(from) => at = from + 4,
-            None => return false,
-        }
+    let mut expected = original.to_vec();
+    for at in lengths::distances(original) {
+        let field = expected
+            .get_mut(at..)
+            .and_then(|from| from.first_chunk_mut());
+        let Some(field) = field else { return false };
+        *field = u32::from_le_bytes(*field)
+            .wrapping_sub(moved as u32)
+            .to_le_bytes();
     }
-    true
+    copy == expected
 }
 
 #[cfg(test)]
@@ -398,8 +390,14 @@ mod tests {
         let moved = 0x1000_0000u64;
         let mut copy = original;
         copy[3..7].copy_from_slice(&0x1234u32.wrapping_sub(moved as u32).to_le_bytes());
-        assert!(is_copy(&original, &original, moved));
+        assert!(!is_copy(&original, &original, moved));
         assert!(is_copy(&copy, &original, moved));
+        // What an instruction has of its own, no move changes: mov $0x1234, %rdi.
+        let immediate = [0x48, 0xc7, 0xc7, 0x34, 0x12, 0, 0];
+        let mut other = immediate;
+        other[3..].copy_from_slice(&copy[3..7]);
+        assert!(is_copy(&immediate, &immediate, moved));
+        assert!(!is_copy(&other, &immediate, moved));
         assert!(!is_copy(&copy, &original, moved + 1));
         assert!(!is_copy(&copy[..7], &original, moved));
         for at in 0..copy.len() {

@@ -751,8 +751,29 @@ fn a_kprobe_that_cannot_be_read_wholly_is_a_doubt_and_hides_nobody() {
         assert_eq!(look(&guest), (1, true));
         guest.put(PROBE + 40, handler);
     }
+    // Another one before the break, and one in a bucket behind.
+    let (other, behind) = (HEAP + 0x3000, HEAP + 0x3800);
+    for kprobe in [other, behind] {
+        for word in (0..256).step_by(8) {
+            guest.put(kprobe + word, 0);
+        }
+        guest.put(kprobe + 16, kprobe + 16);
+        guest.put(kprobe + 32, TEXT + 0x900);
+        guest.put(kprobe + 40, THEIRS);
+    }
+    guest.put(list, other + 16);
+    guest.put(other + 16, 0x1000);
+    assert_eq!(look(&guest), (1, true));
     guest.put(list, others);
     assert_eq!(look(&guest), (0, false));
+    let bucket = DATA + 8 * 62;
+    guest.put(bucket, PROBE);
+    guest.put(DATA + 8 * 63, behind);
+    guest.put(PROBE, 0x1000);
+    assert_eq!(look(&guest), (1, true));
+    guest.put(PROBE, 0);
+    assert_eq!(look(&guest), (1, false));
+    guest.put(DATA + 8 * 63, 0);
     // What it is returned through.
     let is_return = guest.function("pre_handler_kretprobe");
     guest.put(PROBE + 40, is_return);
@@ -898,7 +919,9 @@ fn a_kretprobe_is_called_where_functions_return_and_nobody_else() {
     assert_eq!(look(PROBE, handler), (0, false));
     assert_eq!(look(foreign, 0), (0, false));
     assert_eq!(look(PROBE, THEIRS), (1, false));
-    assert_eq!(look(PROBE, other), (0, true));
+    // Of the kernel's own, it is not of those for that.
+    assert_eq!(look(PROBE, other), (1, false));
+    assert_eq!(look(PROBE, own), (1, false));
     assert_eq!(look(foreign, handler), (1, false));
 }
 
