@@ -331,6 +331,16 @@ fn compare_roots(
             unknown.join(", ")
         ));
     }
+    let asked = session.meta.functions();
+    let is_silent = |root: &&String| known.roots.contains_key(*root) && !roots.contains(root);
+    let silent: Vec<&str> = asked.iter().filter(is_silent).map(String::as_str).collect();
+    if !silent.is_empty() {
+        remarks.push(format!(
+            "{} was to be traced, is in the baseline, and was never called: nobody did in the \
+             guest, or somebody in it narrowed what is traced",
+            silent.join(", ")
+        ));
+    }
     if known.sessions.len() < MIN_SESSIONS {
         remarks.push(format!(
             "the baseline has learnt {} sessions: how many calls there are and how long they take \

@@ -5,6 +5,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::*;
+use crate::detect::baseline::Root;
 use crate::detect::{Evidence, LearnError, Learnt, Mark, PathStep, MIN_CALLS};
 use crate::kernel::control::RecordTypes;
 use crate::kernel::Symbols;
@@ -12,7 +13,7 @@ use crate::keys::Tamper;
 use crate::ring::RecordFormat;
 use crate::session::{
     Boot, ControlFlow, EndReason, Finding as Caught, GuestCounts, MapId, Meta, Mode, QemuProcess,
-    SessionWriter, FINDINGS_FILE, KLOG_FILE, MODULES_FILE,
+    SessionWriter, SwitchChange, FINDINGS_FILE, KLOG_FILE, MODULES_FILE,
 };
 use crate::test_schema::has_the_fields;
 
@@ -187,6 +188,33 @@ fn what_is_new_to_a_baseline_is_learnt_until_it_has_seen_enough() {
         // It has no calls.
         assert!(refused || matches!(error, LearnError::Empty), "{error}");
     }
+}
+
+/// Whoever narrows the filter in the guest has it look as if nobody made the call.
+#[test]
+fn what_was_to_be_traced_and_never_came_is_remarked() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut session = session(dir.path(), &[]);
+    let names = ["__x64_sys_read", "__x64_sys_getdents64", "vfs_open"].map(str::to_owned);
+    session.meta.switches.push(SwitchChange {
+        wall_ns: 1,
+        functions: names.to_vec(),
+        pickup_ns: 0,
+        worked_ns: 0,
+    });
+    let mut known = Baseline::new(BANNER);
+    for name in &names[..2] {
+        known.roots.insert(name.clone(), Root::default());
+    }
+    let told = |roots: &[String]| {
+        let mut remarks = Vec::new();
+        compare_roots(&session, roots, &known, &mut Vec::new(), &mut remarks);
+        remarks
+            .iter()
+            .any(|remark| remark.starts_with("__x64_sys_getdents64 was to be traced"))
+    };
+    assert!(told(&names[..1]));
+    assert!(!told(&names[..2]));
 }
 
 #[test]
