@@ -32,6 +32,11 @@ struct Last {
 }
 
 impl BootLook {
+    /// What was seen holds no more.
+    pub(super) fn forget(&mut self) {
+        self.last = None;
+    }
+
     /// How a guest is booted, in plain mode, for functions as they are typed.
     pub(super) fn told(
         &mut self,

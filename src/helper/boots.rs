@@ -141,6 +141,7 @@ impl Engine {
             result => {
                 result?;
                 self.untraced = None;
+                self.boot_look.forget();
                 Ok(())
             }
         }

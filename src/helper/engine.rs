@@ -87,7 +87,7 @@ pub(super) struct Engine {
     pub(super) awaited: Option<Awaited>,
     /// Since when the guest has not been traced that is to be.
     pub(super) untraced: Option<Untraced>,
-    boot_look: BootLook,
+    pub(super) boot_look: BootLook,
     pub(super) last_session: Option<PathBuf>,
     pub(super) said: RateLimit,
     /// For what is said of a guest that comes and goes.
@@ -396,6 +396,7 @@ impl Engine {
     pub(super) fn begun(&mut self, mut trace: Trace) {
         trace.writer.set_limit(self.config.limits.session_size.0);
         self.untraced = None;
+        self.boot_look.forget();
         self.trace = Some(trace);
         self.guard();
     }

@@ -34,9 +34,8 @@ impl Engine {
 
     /// Those that helpers of this QEMU process left open, while that is not seen to.
     pub(super) fn left(&self) -> impl Iterator<Item = (PathBuf, Meta)> + '_ {
-        let metas = self
-            .metas()
-            .filter(|_| self.trace.is_none() && !self.start_done);
+        let unseen = self.trace.is_none() && !self.start_done;
+        let metas = unseen.then(|| self.metas()).into_iter().flatten();
         metas.filter(|(_, meta)| meta.state == State::Open && meta.qemu == self.attached.qemu)
     }
 
