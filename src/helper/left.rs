@@ -14,6 +14,7 @@ use super::watch::Guest;
 
 /// How often it is tried to go on with a session before it is closed.
 const RESUME_TRIES: u32 = 3;
+
 /// What a session was at when its helper went.
 enum Resumed {
     /// Tracing, and the guest still does.
@@ -48,10 +49,9 @@ impl Engine {
         self.start_done = true;
         let mut newest = None;
         for (dir, meta) in left {
-            let meta = self.abandoned(&dir, meta, end.clone());
             match newest {
-                None => newest = Some((dir, meta)),
-                Some(_) => self.graphs.write(dir),
+                None => newest = Some((dir.clone(), self.abandoned(&dir, meta, end.clone()))),
+                Some(_) => self.give_up(dir, meta, end.clone()),
             }
         }
         newest
@@ -61,8 +61,7 @@ impl Engine {
     pub(super) fn close_others(&mut self) {
         for (dir, meta) in self.metas().collect::<Vec<_>>() {
             if meta.state == State::Open && meta.qemu != self.attached.qemu {
-                self.abandoned(&dir, meta, EndReason::HelperGone);
-                self.graphs.write(dir);
+                self.give_up(dir, meta, EndReason::HelperGone);
             }
         }
     }
@@ -74,8 +73,7 @@ impl Engine {
         self.close_others();
         for (dir, meta) in self.left().collect::<Vec<_>>() {
             if resumed || !is_of(&meta, guest) {
-                self.abandoned(&dir, meta, EndReason::HelperGone);
-                self.graphs.write(dir);
+                self.give_up(dir, meta, EndReason::HelperGone);
                 continue;
             }
             let ram = Arc::clone(&self.attached.ram);
@@ -93,8 +91,7 @@ impl Engine {
                 Err(error) => {
                     let why = format!("it could not be gone on with: {error}");
                     log::error!("the session in {dir:?} is closed: {why}");
-                    self.abandoned(&dir, meta, EndReason::Error(why));
-                    self.graphs.write(dir);
+                    self.give_up(dir, meta, EndReason::Error(why));
                     continue;
                 }
             };
@@ -121,9 +118,15 @@ impl Engine {
         Ok(resumed)
     }
 
+    /// Closes a session whose helper has gone, and has its call flow written.
+    pub(super) fn give_up(&mut self, dir: PathBuf, meta: Meta, end: EndReason) {
+        self.abandoned(&dir, meta, end);
+        self.graphs.write(dir);
+    }
+
     /// Closes a session whose helper has gone. All that is known of its end is
     /// when it was saved last.
-    pub(super) fn abandoned(&mut self, dir: &Path, mut meta: Meta, end: EndReason) -> Meta {
+    fn abandoned(&mut self, dir: &Path, mut meta: Meta, end: EndReason) -> Meta {
         let saved = std::fs::metadata(dir.join(META_FILE)).and_then(|file| file.modified());
         meta.ended_ns = saved
             .ok()

@@ -201,8 +201,7 @@ impl Engine {
         self.untraced = None;
         self.start_done = true;
         for (dir, meta) in left {
-            self.abandoned(&dir, meta, EndReason::HelperGone);
-            self.graphs.write(dir);
+            self.give_up(dir, meta, EndReason::HelperGone);
         }
         let trace = self
             .trace

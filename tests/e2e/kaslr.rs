@@ -54,15 +54,7 @@ fn boots_of(name: &str, kernel: &str) -> Vec<Boot> {
     let plain: &[&str] = if is_stock { &["--plain"] } else { &[] };
     let options = [&["--functions", "sys_read"], plain].concat();
     let traced = Traced::start_with(guest, &options);
-    let on = || {
-        Ok(traced
-            .command(&["on"])
-            .output()?
-            .status
-            .success()
-            .then_some(()))
-    };
-    wait_for(SOON, on).unwrap_or_else(|_| panic!("{}", traced.log()));
+    traced.on_soon();
     let dir = traced.session().dir().to_owned();
     is_where_the_guest_says(&traced, &Meta::load(&dir).expect("a session"));
     let mut times = Vec::new();

@@ -7,7 +7,7 @@ use serde_json::Value;
 use xftrace::kernel::stock::command_line;
 use xftrace::kernel::Gva;
 use xftrace::session::Mode;
-use xftrace_lab::{wait_for, Backing, Domain};
+use xftrace_lab::{Backing, Domain};
 
 use crate::lab::TestGuest;
 use crate::traced::Traced;
@@ -133,15 +133,7 @@ fn functions_of_a_stock_kernels_modules_are_named() {
         &["--functions", "sys_read"],
     );
     let module = guest.put_module("fs/binfmt_misc");
-    let on = || {
-        Ok(guest
-            .command(&["on"])
-            .output()?
-            .status
-            .success()
-            .then_some(()))
-    };
-    wait_for(Duration::from_secs(60), on).unwrap();
+    guest.on_soon();
     let run = |command: &str| guest.run(command).unwrap().success().unwrap();
     run(&format!(
         "insmod {module} && mkdir -p /mnt && mount -t binfmt_misc none /mnt"

@@ -199,11 +199,7 @@ fn plain(name: &str, kernel: &str, ring: &str) {
         matches!(status.guest, GuestStatus::Alive { .. })
     };
     traced.until("a kernel", ready);
-    let on = || {
-        let on = traced.command(&["on"]).output().unwrap();
-        Ok(on.status.success().then_some(()))
-    };
-    wait_for(SOON, on).unwrap_or_else(|error| panic!("{error:#}: {}", traced.log()));
+    traced.on_soon();
     let kernel = traced.lab().artifacts(traced.kernel()).unwrap().bzimage;
     let symbols = Known::load(&kernel).unwrap().symbols;
     let (_planted, session) = traced.trace_beside_plants(&symbols, &[], &[]);

@@ -2,12 +2,16 @@
 
 use std::ops::Deref;
 use std::path::Path;
+use std::time::Duration;
 
 use tempfile::TempDir;
 use xftrace::session::{self, EndReason, Session, State};
-use xftrace_lab::{Backing, Domain};
+use xftrace_lab::{wait_for, Backing, Domain};
 
 use crate::lab::TestGuest;
+
+/// Longer than a boot takes on a busy machine.
+const SOON: Duration = Duration::from_secs(60);
 
 /// A running, enrolled guest, and a directory in which commands are run.
 pub(crate) struct Traced {
@@ -65,6 +69,15 @@ impl Traced {
     /// `xftrace on`, with these functions and options.
     pub(crate) fn on(&self, arguments: &[&str]) {
         self.command(&["on"]).args(arguments).assert().success();
+    }
+
+    /// `xftrace on`, for what the domain is enrolled for, as soon as that can be.
+    pub(crate) fn on_soon(&self) {
+        let on = || {
+            let on = self.command(&["on"]).output()?;
+            Ok(on.status.success().then_some(()))
+        };
+        wait_for(SOON, on).unwrap_or_else(|error| panic!("{error:#}: {}", self.log()));
     }
 
     /// `xftrace off`, and the session that ends with it.
