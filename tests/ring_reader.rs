@@ -339,6 +339,42 @@ proptest! {
         prop_assert_eq!(out.seqs.len() as u64 + out.lost, written);
     }
 
+    /// The same, where the reader comes too late: the pages that the writer takes meanwhile
+    /// are those that would be read first.
+    #[test]
+    fn pages_taken_after_a_late_look_are_not_read_out_of_their_order(
+        pace in prop::collection::vec(0u8..40, 1..30),
+        bursts in prop::collection::vec((6000u32..20_000, 100u32..900), 2..6),
+    ) {
+        let writer = Arc::new(Mutex::new(Writer::new(64)));
+        let guest = guest(Arc::clone(&writer), pace);
+        let settle = |writer: &Mutex<Writer>| {
+            let mut writer = writer.lock().expect("the writer");
+            writer.settle(&guest.ram);
+        };
+        settle(&writer);
+        let mut reader = RingReader::new(kernel(), layout(), 1, 0);
+        let mut chunks = Vec::new();
+        let mut drain = || {
+            reader.drain(&guest.ram, &mut |chunk| chunks.push(chunk)).expect("a round");
+        };
+        for (before, meanwhile) in bursts {
+            (0..before).for_each(|_| writer.lock().expect("the writer").record(0));
+            settle(&writer);
+            (0..meanwhile).for_each(|_| writer.lock().expect("the writer").record(0));
+            (0..3).for_each(|_| drain());
+        }
+        settle(&writer);
+        (0..2).for_each(|_| drain());
+        let out = decode(&chunks);
+        let written = u64::from(writer.lock().expect("the writer").seq);
+        prop_assert!(out.wrong.is_empty(), "{:?}", out.wrong.first());
+        prop_assert!(hole_without_a_gap(&chunks).is_none(), "{:?}", hole_without_a_gap(&chunks));
+        prop_assert!(out.seqs.windows(2).all(|pair| pair[0] < pair[1]), "out of order or twice");
+        prop_assert_eq!(out.seqs.len() as u64 + out.lost, written);
+        prop_assert_eq!(out.seqs.last().copied(), written.checked_sub(1));
+    }
+
     /// Somebody in the guest reads the ring as well, page by page
     /// (`trace_pipe`), while it is written and we read it.
     #[test]

@@ -34,6 +34,7 @@ mod reader;
 pub mod record;
 mod round;
 mod structs;
+mod taken;
 
 pub use decode::{CodeMap, Decoder};
 pub use event::{events, Clock, Event, Events, Malformed};

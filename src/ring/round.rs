@@ -14,7 +14,8 @@
 //! (emulation, an unstable TSC), sched_clock_local() holds it at the end of a
 //! tick until the next one comes, and many pages have the same time. So what
 //! was read last is known again by its page, its time, and its last bytes,
-//! which hold a record's running number or its times.
+//! which hold a record's running number or its times; and which pages the guest takes
+//! meanwhile is known by how far its commit page has come (`taken`).
 //!
 //! The buffer itself may be another than before: a snapshot in the guest swaps
 //! it for a spare one (update_max_tr()). The old one is then read to its end,
@@ -31,6 +32,7 @@ use crate::ram::{Gpa, RamError};
 use super::pages::{Claims, Pages};
 use super::reader::{Buffer, Cpu, Cursor};
 use super::structs::{Head, Structs};
+use super::taken::Taken;
 use super::{Chunk, Drained, Gap, RingError, TRIES};
 
 /// What one round hands out and takes at most, over all CPUs; it may go past
@@ -58,10 +60,29 @@ pub(super) struct Round<'a> {
 
 /// The pages of a CPU that may have something new.
 struct Fresh {
-    /// Oldest first, with how they looked.
-    pages: Vec<(Gpa, Head)>,
+    /// Oldest first.
+    pages: Vec<Seen>,
     /// Whether they go on where reading stopped.
     whole: bool,
+    /// Which of them the guest takes meanwhile.
+    taken: Taken,
+}
+
+/// A page as it looked.
+#[derive(Clone, Copy)]
+struct Seen {
+    /// Its place in the ring; none for the one outside.
+    place: Option<usize>,
+    data: Gpa,
+    head: Head,
+}
+
+/// The buffer of which a page is read.
+#[derive(Clone, Copy)]
+struct Of<'a> {
+    cpu: u16,
+    at: Gva,
+    pages: &'a Pages,
 }
 
 impl<'a> Round<'a> {
@@ -164,18 +185,31 @@ impl<'a> Round<'a> {
             let Some(listed) = &buffer.pages else {
                 return Ok(());
             };
-            let Fresh { pages, whole } = self.fresh(buffer.at, listed, buffer.cursor.as_ref())?;
+            let fresh = self.fresh(buffer.at, listed, buffer.cursor.as_ref())?;
             if !listed.stand(self.structs, buffer.at)? {
                 continue;
             }
+            let Some(Fresh {
+                pages,
+                whole,
+                mut taken,
+            }) = fresh
+            else {
+                continue;
+            };
             if !whole {
                 cpu.gap.get_or_insert(Gap::Overrun);
             }
-            for (page, head) in pages {
-                if self.is_over() {
+            let of = Of {
+                cpu: number,
+                at: buffer.at,
+                pages: listed,
+            };
+            for seen in pages {
+                if self.is_over() || taken.is_unsure() {
                     break;
                 }
-                self.page(number, &mut buffer.cursor, &mut cpu.gap, page, head)?;
+                self.page(of, &mut taken, &mut buffer.cursor, &mut cpu.gap, seen)?;
             }
             return Ok(());
         }
@@ -197,77 +231,108 @@ impl<'a> Round<'a> {
         Ok(())
     }
 
-    /// What may have something new.
+    /// What may have something new. None where the guest writes so fast that the order
+    /// of its pages cannot be told.
     fn fresh(
         &self,
         buffer: Gva,
         listed: &Pages,
         cursor: Option<&Cursor>,
-    ) -> Result<Fresh, RingError> {
-        let commit_page = self
-            .structs
-            .pointer(buffer, self.structs.layout.commit_page)?;
+    ) -> Result<Option<Fresh>, RingError> {
+        let (mut taken, commit_page) = Taken::begin(self.structs, buffer, listed)?;
         let ring = &listed.ring[..];
         // What the guest's own readers took out is older than what is left,
         // unless it is the page that is being written.
         let outside = Some(listed.standing.outside)
-            .filter(|outside| ring.iter().all(|page| page.data != outside.data));
-        let reader = outside.filter(|outside| outside.holder != commit_page);
-        let (up_to, after) = match ring.iter().position(|page| page.holder == commit_page) {
-            Some(at) => ring.split_at(at + 1),
-            None => (&[][..], ring),
-        };
-        let last = outside.filter(|outside| outside.holder == commit_page);
+            .filter(|outside| ring.iter().all(|page| page.data != outside.data))
+            .map(|outside| (None, outside));
+        let reader = outside.filter(|(_, outside)| outside.holder != commit_page);
+        let last = outside.filter(|(_, outside)| outside.holder == commit_page);
+        let commit = ring.iter().position(|page| page.holder == commit_page);
+        let first = commit.map_or(0, |at| at + 1);
+        let places = (first..ring.len()).chain(0..first);
+        let in_ring = places.filter_map(|place| Some((Some(place), *ring.get(place)?)));
         let mut pages = Vec::new();
-        for page in reader.iter().chain(after).chain(up_to).chain(last.iter()) {
-            let head = self.structs.head(page.data)?;
+        for (place, page) in reader.into_iter().chain(in_ring).chain(last) {
+            let (data, head) = (page.data, self.structs.head(page.data)?);
             if head.commit > 0 {
-                pages.push((page.data, head));
+                pages.push(Seen { place, data, head });
             }
         }
         // Pages that were taken for new records since the commit page was
         // looked up stand first, though they are the newest: next time.
-        let newest = pages.last().map_or(0, |(_, head)| head.time);
-        pages.retain(|(_, head)| head.time <= newest);
+        let newest = pages.last().map_or(0, |seen| seen.head.time);
+        pages.retain(|seen| seen.head.time <= newest);
+        let tied = pages.iter().filter(|seen| taken.asks(seen.head.time));
+        if tied.count() > 1 {
+            taken.look(self.structs, buffer, listed)?;
+            if taken.is_unsure() {
+                return Ok(None);
+            }
+            let is_taken = |place| taken.has(place, ring.len());
+            pages.retain(|seen| !taken.asks(seen.head.time) || !seen.place.is_some_and(is_taken));
+        }
         let Some(cursor) = cursor else {
-            pages.retain(|(_, head)| head.time >= self.since);
+            pages.retain(|seen| seen.head.time >= self.since);
             // Looked at last, for what was on these pages to be in it.
             let overrun = self.structs.pointer(buffer, self.structs.layout.overrun)?;
-            return Ok(Fresh {
+            return Ok(Some(Fresh {
                 pages,
                 whole: overrun.0 == 0,
-            });
+                taken,
+            }));
         };
-        let at = pages
-            .iter()
-            .position(|(page, head)| cursor.is_at(*page, *head));
+        let mut at = None;
+        for (index, seen) in pages.iter().enumerate() {
+            if cursor.is_at(seen.data, seen.head) && self.is_same_place(cursor)? {
+                at = Some(index);
+                break;
+            }
+        }
         match at {
             Some(at) => drop(pages.drain(..at)),
-            None => pages.retain(|(_, head)| head.time >= cursor.time),
+            None => pages.retain(|seen| seen.head.time >= cursor.time),
         }
         // A ring with nothing in it was emptied: what comes next says so.
         let whole = at.is_some() || pages.is_empty();
-        Ok(Fresh { pages, whole })
+        Ok(Some(Fresh {
+            pages,
+            whole,
+            taken,
+        }))
+    }
+
+    /// Whether what was read last is where it was.
+    fn is_same_place(&self, cursor: &Cursor) -> Result<bool, RingError> {
+        let Some((page, tail)) = &cursor.place else {
+            return Ok(true);
+        };
+        let data = u64::from(self.structs.layout.data) + u64::from(cursor.offset);
+        let mut bytes = vec![0; tail.len()];
+        let at = page.0 + data.saturating_sub(tail.len() as u64);
+        self.structs.ram.read(Gpa(at), &mut bytes)?;
+        Ok(bytes == *tail)
     }
 
     /// Copies what is new on one page that looked like `seen`, and moves the
     /// cursor behind it.
     fn page(
         &mut self,
-        number: u16,
+        of: Of<'_>,
+        taken: &mut Taken,
         cursor: &mut Option<Cursor>,
         gap: &mut Option<Gap>,
-        page: Gpa,
-        seen: Head,
+        seen: Seen,
     ) -> Result<(), RingError> {
-        let old = cursor.as_ref().filter(|cursor| cursor.is_at(page, seen));
+        let (page, head) = (seen.data, seen.head);
+        let old = cursor.as_ref().filter(|cursor| cursor.is_at(page, head));
         let from = old.map_or(0, |cursor| cursor.offset);
         let tail = old
             .and_then(|cursor| cursor.place.as_ref())
             .map(|(_, tail)| tail.clone());
         for _ in 0..TRIES {
             let before = self.structs.head(page)?;
-            if before.time != seen.time || before.commit < seen.commit {
+            if before.time != head.time || before.commit < head.commit {
                 // Taken for new records meanwhile, which come with the next
                 // round. Before that, more may have been written here than was
                 // seen.
@@ -289,6 +354,17 @@ impl<'a> Round<'a> {
             if after.time != before.time || after.commit < before.commit {
                 continue;
             }
+            if let Some(place) = seen.place.filter(|_| taken.asks(head.time)) {
+                taken.look(self.structs, of.at, of.pages)?;
+                if taken.is_unsure() {
+                    // What is left here comes with the next round.
+                    return Ok(());
+                }
+                if taken.has(place, of.pages.ring.len()) {
+                    gap.get_or_insert(Gap::Overrun);
+                    return Ok(());
+                }
+            }
             let skip = from as usize - start;
             let same_place = tail.as_ref().is_none_or(|tail| bytes.starts_with(tail));
             if !same_place || (from == 0 && before.missed) {
@@ -305,7 +381,7 @@ impl<'a> Round<'a> {
                     cursor.place = None;
                     cursor.offset = 0;
                 }
-                return self.page(number, cursor, gap, page, seen);
+                return self.page(of, taken, cursor, gap, seen);
             };
             let last = bytes.len() - bytes.len().min(TAIL);
             let tail = bytes.get(last..).unwrap_or_default().to_vec();
@@ -317,7 +393,7 @@ impl<'a> Round<'a> {
             self.drained.pages += 1;
             self.drained.bytes += bytes.len() as u64;
             (self.sink)(Chunk {
-                cpu: number,
+                cpu: of.cpu,
                 page_time: before.time,
                 offset: from,
                 bytes,

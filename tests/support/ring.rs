@@ -165,15 +165,22 @@ impl Writer {
             self.at = 0;
             self.word(self.page(self.ring[self.tail]).0 + 8, 0);
             self.fill(payload, length);
+            self.count();
             // rb_set_commit_to_write(): the full page first, then the pointer.
             self.word(self.page(full.0).0 + 8, full.1.into());
             let holder = self.holder(self.ring[self.tail]);
             self.word(self.per_cpu(80), DIRECT_MAP + holder);
         } else {
             self.fill(payload, length);
+            self.count();
         }
         self.word(self.page(self.ring[self.tail]).0 + 8, self.at.into());
         self.seq += 1;
+    }
+
+    /// rb_commit() counts a record before it is committed.
+    fn count(&mut self) {
+        self.word(self.per_cpu(128), u64::from(self.seq) + 1);
     }
 
     fn fill(&mut self, payload: Vec<u8>, length: u32) {
