@@ -126,6 +126,9 @@ pub struct Limits {
     /// The most that one session may take on disk, without its symbols, its
     /// keys and the call flow. The trace ends there, and says so.
     pub session_size: ByteSize,
+    /// How much of a session may wait for a slow disk, in the helper's memory. What comes
+    /// on top of it is lost to the trace, and counted.
+    pub unwritten: ByteSize,
     /// The most that the calls in a `trace_graph.txt` may take. It ends there, and says
     /// so; the records are all there.
     pub text_size: ByteSize,
@@ -137,6 +140,7 @@ impl Default for Limits {
     fn default() -> Limits {
         Limits {
             session_size: ByteSize(2 << 30),
+            unwritten: ByteSize(128 << 20),
             text_size: ByteSize(4 << 30),
             guest_memory: ByteSize(4 << 40),
         }
@@ -278,9 +282,9 @@ mod tests {
             .values()
             .map(|value| value.as_table().map_or(1, |table| table.len()))
             .sum();
-        // 7 at the top, 7 paths, 3 limits, 2 of the log: a new key must come
+        // 7 at the top, 7 paths, 4 limits, 2 of the log: a new key must come
         // into the example too.
-        assert_eq!(count, 19);
+        assert_eq!(count, 20);
     }
 
     #[test]

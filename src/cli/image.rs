@@ -142,10 +142,11 @@ impl Image {
             let mut stored = Ok(());
             let drained = reader.drain(&self.ram, &mut |chunk| {
                 if stored.is_ok() {
-                    stored = writer.append(&chunk);
+                    stored = writer.append(&chunk, 0);
                 }
             })?;
             stored?;
+            writer.sync()?;
             let counters = &mut writer.meta.counters;
             counters.bytes += drained.bytes;
             counters.torn_pages += drained.torn;
@@ -155,8 +156,8 @@ impl Image {
             }
         }
         self.ram.check()?;
-        writer.flush()?;
         writer.save()?;
+        writer.sync()?;
         let counters = writer.meta.counters;
         if counters.damaged > 0 {
             out::message(&format!(

@@ -2,8 +2,6 @@
 
 use crate::session::ClockPair;
 
-use super::watch::wall_ns;
-
 /// The pairs are judged over this time.
 const WINDOW_NS: u64 = 1_000_000_000;
 
@@ -12,17 +10,11 @@ const WINDOW_NS: u64 = 1_000_000_000;
 pub(super) struct Clocks(Option<(ClockPair, ClockPair)>);
 
 impl Clocks {
-    /// Notes that the guest's clock showed `guest_ns` a moment ago. Of the
-    /// pairs within a second, the one with the least between the guest's stamp
+    /// Notes that the guest's clock showed `guest_ns` a moment before the host's wall
+    /// clock showed `host_ns`. Of the pairs within a second, the one with the least between the guest's stamp
     /// and our look is the best: the one in which the host is the least ahead.
-    pub(super) fn note(&mut self, guest_ns: u64) {
-        self.pair(ClockPair {
-            guest_ns,
-            host_ns: wall_ns(),
-        });
-    }
-
-    fn pair(&mut self, pair: ClockPair) {
+    pub(super) fn note(&mut self, guest_ns: u64, host_ns: u64) {
+        let pair = ClockPair { guest_ns, host_ns };
         let ahead = |pair: &ClockPair| i128::from(pair.host_ns) - i128::from(pair.guest_ns);
         let Some((first, last)) = &mut self.0 else {
             self.0 = Some((pair, pair));
@@ -51,7 +43,6 @@ mod tests {
     #[test]
     fn the_best_pair_of_the_first_and_of_the_last_second_is_kept() {
         let mut clocks = Clocks::default();
-        let pair = |guest_ns, host_ns| ClockPair { guest_ns, host_ns };
         for (guest, host) in [
             (0, 500),
             (100, 510),
@@ -60,8 +51,9 @@ mod tests {
             (2_000_000_100, 2_000_000_600),
             (2_000_000_200, 2_000_000_900),
         ] {
-            clocks.pair(pair(guest, host));
+            clocks.note(guest, host);
         }
+        let pair = |guest_ns, host_ns| ClockPair { guest_ns, host_ns };
         let last = pair(2_000_000_100, 2_000_000_600);
         assert_eq!(clocks.pairs(), Some((pair(100, 510), last)));
     }

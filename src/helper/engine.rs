@@ -394,7 +394,10 @@ impl Engine {
 
     /// A session is open.
     pub(super) fn begun(&mut self, mut trace: Trace) {
-        trace.writer.set_limit(self.config.limits.session_size.0);
+        let limits = &self.config.limits;
+        trace
+            .writer
+            .set_limits(limits.session_size.0, limits.unwritten.0);
         self.untraced = None;
         self.boot_look.forget();
         self.trace = Some(trace);

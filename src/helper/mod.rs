@@ -10,7 +10,8 @@
 //! The engine is one thread that never blocks for long: it drains the guest's
 //! buffers every few milliseconds while a trace is on, and does everything
 //! else between two rounds. Keys are handed out by a thread of their own,
-//! since noting a key waits for the disk. Where the domain or the
+//! since noting a key waits for the disk, and the session's files are written by one
+//! ([`SessionWriter`](crate::session::SessionWriter)). Where the domain or the
 //! configuration names a baseline, another thread judges what is drained (`sentry`). One
 //! looks at the kernel in the guest's memory now and then, traced or not (`patrol`), and
 //! one runs the command that is wanted for findings (`notify`). Connections have threads

@@ -232,6 +232,8 @@ fn a_guest_that_is_not_traced_for_long_is_told_of() {
     let told = |setting: &mut Setting, seconds| {
         let later = std::time::Instant::now() + Duration::from_secs(seconds);
         setting.engine.tell_untraced(later);
+        let trace = setting.engine.trace.as_mut().expect("a trace");
+        trace.writer.sync().expect("a disk");
         let found = std::fs::read_to_string(dir.join(FINDINGS_FILE)).unwrap_or_default();
         found.matches("not-traced").count()
     };

@@ -24,22 +24,22 @@ use super::watch::{wall_ns, Guest, Watch};
 
 mod found;
 mod gates;
+mod held;
 mod live;
 mod loads;
 mod modules;
 
 use found::Judging;
+use held::{Held, Read};
 use live::Live;
 
 /// How often `session.json` is brought up to date.
 const SAVE_EVERY: Duration = Duration::from_secs(1);
-/// A heart silent for longer may mean a reset: what is read meanwhile is held
-/// back until it is known.
+/// A heart silent for longer may mean a reset: what the guest says of itself
+/// meanwhile is not looked at.
 const HOLD_AFTER: Duration = Duration::from_millis(1000);
 /// By how much the trace clocks of two CPUs may differ: two ticks at HZ=100.
 const CLOCKS_APART_NS: u64 = 20_000_000;
-/// What is held back at most, bytes.
-const HOLD_LIMIT: usize = 64 << 20;
 
 /// Why a session cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -74,8 +74,7 @@ pub(super) struct Trace {
     pub(super) boots: usize,
     /// What was recorded since the first boot is part of it.
     since_boot: bool,
-    held: Vec<Chunk>,
-    held_bytes: usize,
+    held: Held,
     saved: Instant,
     forged_told: u64,
     /// The guest swapped its ring buffer for another, and it is yet to be told.
@@ -181,8 +180,7 @@ impl Trace {
             keys,
             ram,
             live: None,
-            held: Vec::new(),
-            held_bytes: 0,
+            held: Held::default(),
             saved: Instant::now(),
             forged_told: 0,
             swapped: false,
@@ -204,9 +202,7 @@ impl Trace {
     /// The guest has booted, into this kernel: its first records, if there
     /// will be any, are the session's next boot.
     pub(super) fn boot(&mut self, guest: &Guest, watch: &Watch) -> Result<(), TraceError> {
-        if let Err(error) = self.writer.finish() {
-            self.cannot_store(&error);
-        }
+        self.writer.end_boot();
         self.holes.clear();
         let number = self.writer.meta.boots.len() as u32 + 1;
         // Pages from before this moment belong to an earlier trace; `on` will
@@ -246,10 +242,9 @@ impl Trace {
             _ => {}
         }
         // Of a session that has just begun, the directory has to be there.
-        match self.writer.save() {
-            Err(error) if number == 1 => return Err(error.into()),
-            Err(error) => self.cannot_store(&error),
-            Ok(()) => {}
+        self.save();
+        if number == 1 {
+            self.writer.sync()?;
         }
         Ok(())
     }
@@ -259,20 +254,21 @@ impl Trace {
         self.live.is_none()
     }
 
-    /// The guest was reset: what was held back was read from memory that is
+    /// The guest was reset: what is held may have been read from memory that is
     /// no longer its kernel's.
     pub(super) fn guest_gone(&mut self) {
         if let Some(keys) = self.keys.thread() {
             keys.retarget(None);
         }
+        self.take_whole();
         self.live = None;
-        self.writer.meta.counters.after_reset_bytes += self.held_bytes as u64;
-        self.held.clear();
-        self.held_bytes = 0;
     }
 
-    /// Reads what is new, stores it, and looks at it.
+    /// Reads what is new, and takes what was read before the guest was last seen to live.
     pub(super) fn drain(&mut self, watch: &Watch) -> Result<Drained, TraceError> {
+        self.take_good(watch.alive_at());
+        self.end_round();
+        self.writer.flush();
         let Some(live) = &mut self.live else {
             return Ok(Drained::default());
         };
@@ -296,36 +292,12 @@ impl Trace {
         self.writer.meta.counters.torn_pages += drained.torn;
         self.writer.meta.counters.damaged += drained.damaged;
         self.swapped |= drained.swapped > 0;
-        let doubtful = watch.silent() > HOLD_AFTER && !watch.busy();
-        if doubtful && self.held_bytes < HOLD_LIMIT {
-            self.held_bytes += chunks.iter().map(|chunk| chunk.bytes.len()).sum::<usize>();
-            self.held.append(&mut chunks);
-            return Ok(drained);
-        }
-        self.held_bytes = 0;
-        for chunk in std::mem::take(&mut self.held).into_iter().chain(chunks) {
-            self.take(&chunk);
-        }
-        self.end_round();
-        // At once: a helper that is killed takes what it still holds with it.
-        if drained.bytes > 0 {
-            if let Err(error) = self.writer.flush() {
-                self.cannot_store(&error);
-            }
-        }
+        self.held.push(chunks);
         Ok(drained)
     }
 
-    /// The guest is gone for good, or the trace ends: what was held back is
-    /// as good as the rest.
-    fn release(&mut self) {
-        self.held_bytes = 0;
-        for chunk in std::mem::take(&mut self.held) {
-            self.take(&chunk);
-        }
-    }
-
-    fn take(&mut self, chunk: &Chunk) {
+    fn take(&mut self, read: &Read) {
+        let chunk = &read.chunk;
         let Some(live) = &mut self.live else {
             return;
         };
@@ -358,15 +330,16 @@ impl Trace {
             live.gates.gave(chunk.cpu);
         }
         if let (Some(plain), Some(newest)) = (&mut live.plain, newest) {
-            plain.clocks.note(newest);
+            plain.clocks.note(newest, read.wall_ns);
         }
         // On the very next chunk: the running numbers show the hole there, and
         // would take it for one of the guest's making.
         let marked = self.holes.remove(&chunk.cpu).then(|| Chunk {
-            gap: Some(Gap::DiskFull),
+            gap: Some(Gap::NotStored),
             ..chunk.clone()
         });
-        if let Err(error) = self.writer.append(marked.as_ref().unwrap_or(chunk)) {
+        let chunk = marked.as_ref().unwrap_or(chunk);
+        if let Err(error) = self.writer.append(chunk, read.wall_ns) {
             self.holes.insert(chunk.cpu);
             self.refused_bytes += chunk.bytes.len() as u64;
             // The engine ends the trace at its limit, and says so.
@@ -376,7 +349,7 @@ impl Trace {
         }
     }
 
-    /// Says so now and then: a disk that is full stays full for a while. It
+    /// Says so now and then: a disk that is full, or slow, stays so for a while. It
     /// may be given room again, so the trace goes on.
     fn cannot_store(&mut self, error: &SessionError) {
         if let Verdict::Say { .. } = self.disk_said.ask() {
@@ -384,7 +357,7 @@ impl Trace {
         }
     }
 
-    /// Brings `session.json` up to date, now or, where it cannot be, later.
+    /// Brings `session.json` up to date.
     fn save(&mut self) {
         if let Err(error) = self.writer.save() {
             self.cannot_store(&error);
@@ -401,6 +374,9 @@ impl Trace {
                 wall_ns,
                 kind: FindingKind::KeyChanged(tamper),
             });
+        }
+        if let Some(trouble) = self.writer.take_trouble() {
+            self.cannot_store(&trouble);
         }
         self.look_at_modules(watch);
         let found = self.judging.sentry.as_ref().map(Sentry::found);
@@ -431,7 +407,10 @@ impl Trace {
         }
         self.note_clocks(watch);
         self.count();
-        self.save();
+        // Of a disk that has not taken the last one, no more is asked.
+        if !self.writer.is_saving() {
+            self.save();
+        }
     }
 
     fn note_clocks(&mut self, watch: &Watch) {
@@ -476,7 +455,7 @@ impl Trace {
     /// Ends the session: stops the keys, and closes its files.
     pub(super) fn close(mut self, end: EndReason, watch: &Watch) -> Closed {
         self.read_last_symbols(watch);
-        self.release();
+        self.take_all();
         let found = self.judging.sentry.take().map(Sentry::finish);
         self.detected(&found.unwrap_or_default());
         self.attend(watch);
@@ -489,7 +468,8 @@ impl Trace {
             });
         }
         self.note_clocks(watch);
-        if let Err(error) = self.writer.finish() {
+        self.writer.end_boot();
+        if let Err(error) = self.writer.sync() {
             self.cannot_store(&error);
         }
         self.count();
@@ -497,7 +477,7 @@ impl Trace {
         meta.state = State::Closed;
         meta.ended_ns = Some(wall_ns());
         meta.end = Some(end);
-        let result = self.writer.save();
+        let result = self.writer.save().and_then(|()| self.writer.sync());
         if let Err(error) = &result {
             log::error!("{error}; it is tried again");
         }

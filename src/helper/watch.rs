@@ -143,6 +143,10 @@ pub(super) struct Watch {
     pub(super) why: String,
     last: Option<Pulse>,
     beat_at: Instant,
+    /// When the heart was looked at last.
+    looked_at: Option<Instant>,
+    /// A moment after which it has beaten.
+    alive_at: Instant,
     /// When memory may be searched again.
     search_at: Instant,
     candidates: Candidates,
@@ -165,6 +169,8 @@ impl Watch {
             why: "not looked yet".to_owned(),
             last: None,
             beat_at: Instant::now(),
+            looked_at: None,
+            alive_at: Instant::now(),
             search_at: Instant::now(),
             candidates: Candidates::default(),
             rivals: None,
@@ -181,6 +187,11 @@ impl Watch {
     /// Since the heart last beat.
     pub(super) fn silent(&self) -> Duration {
         self.beat_at.elapsed()
+    }
+
+    /// A moment after which the heart has beaten, the last that is known.
+    pub(super) fn alive_at(&self) -> Instant {
+        self.alive_at
     }
 
     /// The first and the last good pair of clocks of this boot.
@@ -206,12 +217,16 @@ impl Watch {
             self.why = "the guest was reset and has not come up again yet".to_owned();
             return Ok(Seen::Gone);
         }
+        let begun = Instant::now();
         let pulse = guest.link.pulse(ram)?;
+        let looked_at = self.looked_at.replace(begun);
         if self.last.is_none_or(|last| last.beats != pulse.beats) {
             self.beat_at = Instant::now();
+            // Some time after the look before this one.
+            self.alive_at = looked_at.unwrap_or(self.alive_at);
             self.liveness.beaten();
             if let Some(beat) = pulse.heartbeat {
-                self.clocks.note(beat.clock);
+                self.clocks.note(beat.clock, wall_ns());
             }
         }
         self.last = Some(pulse);
@@ -400,6 +415,8 @@ impl Watch {
         self.note_place();
         self.last = None;
         self.beat_at = Instant::now();
+        self.looked_at = None;
+        self.alive_at = Instant::now();
         self.clocks = Clocks::default();
         self.candidates.clear();
         self.why.clear();

@@ -81,9 +81,10 @@ pub(super) fn of_callback(
         let stack = klp.wrapping_add(field(view, "klp_ops", "func_stack")?);
         let node = view.btf()?.structure("klp_func")?.field("stack_node")?;
         let function = field(view, "klp_func", "new_func")?;
-        for patch in view.list(stack, node.offset, "a live patch")? {
+        view.each(stack, node.offset, "a live patch", |patch| {
             all.push(callee(view, "live patch", patch, function)?);
-        }
+            Ok(())
+        })?;
     } else if is(COMMAND) {
         let probe = Gva(ops.0.wrapping_sub(field(view, "ftrace_func_probe", "ops")?));
         let at = field(view, "ftrace_func_probe", "probe_ops")?;

@@ -115,8 +115,7 @@ fn mounts(
         }
         Ok(())
     };
-    for block in view.list(view.address("super_blocks")?, s_list, WHAT)? {
-        go_on(look(block), doubt)?;
-    }
-    Ok(())
+    view.each(view.address("super_blocks")?, s_list, WHAT, |block| {
+        go_on(look(block), doubt)
+    })
 }

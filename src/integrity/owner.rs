@@ -367,10 +367,11 @@ fn probe_slots(view: &View<'_>, made: &mut Vec<Claim>) -> Result<(), Obstacle> {
         let Ok(cache) = view.address(cache) else {
             continue;
         };
-        for page in view.list(cache.wrapping_add(pages.into()), list, WHAT)? {
+        view.each(cache.wrapping_add(pages.into()), list, WHAT, |page| {
             let start = view.pointer(page.wrapping_add(insns.into()), WHAT)?;
             made.push((range(start, PAGE), KPROBE.to_owned()));
-        }
+            Ok(())
+        })?;
     }
     Ok(())
 }
@@ -386,15 +387,15 @@ fn bpf_programs(view: &View<'_>, made: &mut Vec<Claim>) -> Result<(), Obstacle> 
     let ksym = view.btf()?.structure("bpf_ksym")?;
     let [start, end, name, list] = ["start", "end", "name", "lnode"].map(|name| ksym.field(name));
     let (start, end, name, list) = (start?.offset, end?.offset, name?.offset, list?.offset);
-    for program in view.list(view.address("bpf_kallsyms")?, list, WHAT)? {
+    view.each(view.address("bpf_kallsyms")?, list, WHAT, |program| {
         let from = view.pointer(program.wrapping_add(start.into()), WHAT)?;
         let to = view.pointer(program.wrapping_add(end.into()), WHAT)?;
         let name = view.text(program.wrapping_add(name.into()));
         if from < to && to.wrapping_sub(from) <= MAX_PROGRAM {
             made.push((from..to, bpf_program(&name)));
         }
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
 /// `struct bpf_prog_pack`, kernel/bpf/core.c: memory for many programs.
@@ -406,12 +407,12 @@ fn bpf_packs(view: &View<'_>, made: &mut Vec<Claim>) -> Result<(), Obstacle> {
         Ok(at) => view.half(at, WHAT)?.clamp(1, MAX_NODES),
         Err(_) => 1,
     };
-    for pack in view.list(view.address("pack_list")?, list, WHAT)? {
+    view.each(view.address("pack_list")?, list, WHAT, |pack| {
         let start = view.pointer(pack.wrapping_add(ptr.into()), WHAT)?;
         let room = PACK * u64::from(nodes);
         made.push((range(start, room), "memory for BPF programs".to_owned()));
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
 /// What processors begin with, in real mode (arch/x86/realmode/init.c).

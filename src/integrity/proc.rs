@@ -101,12 +101,13 @@ impl<'a> Walk<'a, '_> {
         let net = view.btf()?.structure("net");
         if let (Ok(head), Ok(net)) = (view.address("net_namespace_list"), net) {
             let (list, proc_net) = (net.field("list")?.offset, net.field("proc_net")?.offset);
-            for net in view.list(head, list, WHAT)? {
+            view.each(head, list, WHAT, |net| {
                 let directory = view.pointer(net.wrapping_add(proc_net.into()), WHAT)?;
-                if directory.0 != 0 {
-                    self.directory(directory, "/proc/net", MAX_DEPTH)?;
+                match directory.0 {
+                    0 => Ok(()),
+                    _ => self.directory(directory, "/proc/net", MAX_DEPTH),
                 }
-            }
+            })?;
         }
         Ok(())
     }

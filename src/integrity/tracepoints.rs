@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! tracepoint.funcs       -> functions                     (perf, tracefs, BPF, modules)
+//! tracepoint.static_call_key.func -> the only one of them, or what calls each
 //! trace_event_call       -> prog_array: BPF programs      (through perf)
 //! ```
 //!
@@ -21,6 +22,7 @@ use super::finding::{Check, Finding, Report};
 use super::known::{self, Role};
 use super::owner::{Owner, Owners};
 use super::view::{go_on, Obstacle, View};
+use crate::kernel::btf::Structure;
 use crate::kernel::Gva;
 
 /// More functions than are ever attached to one tracepoint.
@@ -62,36 +64,103 @@ fn functions(
     let point = view.btf()?.structure("tracepoint")?;
     let (name, funcs) = (point.field("name")?.offset, point.field("funcs")?.offset);
     let each = u64::from(view.btf()?.structure("tracepoint_func")?.size()?);
-    let mut look = |point: Gva| {
-        let array = view.pointer(point.wrapping_add(funcs.into()), WHAT)?;
-        if array.0 == 0 {
-            return Ok(());
-        }
+    let call = StaticCall::of(&point);
+    let mut look = |link: Gva| {
+        let point = view.kernel.runtime(link);
         let text = view.pointer(point.wrapping_add(name.into()), WHAT)?;
         let name = view.text(text);
-        for index in 0..MAX_FUNCTIONS {
-            let slot = array.wrapping_add(index.wrapping_mul(each));
+        let array = view.pointer(point.wrapping_add(funcs.into()), WHAT)?;
+        let mut attached = Vec::new();
+        while array.0 != 0 {
+            if attached.len() as u64 == MAX_FUNCTIONS {
+                return Err(Obstacle::Endless("the functions at a tracepoint"));
+            }
+            let slot = array.wrapping_add((attached.len() as u64).wrapping_mul(each));
             let function = view.pointer(slot, WHAT)?;
             if function.0 == 0 {
-                return Ok(());
+                break;
             }
             if let Some(other) = judge(view, owners, report, &name, slot, function) {
                 doubt.get_or_insert(other);
             }
+            attached.push(function);
         }
-        Err(Obstacle::Endless("the functions at a tracepoint"))
+        match &call {
+            Some(call) => call.check((view, owners, image), report, (link, &name), &attached),
+            None => Ok(()),
+        }
     };
     let mut damaged = None;
     for (offset, at) in super::image::records::<4>(list).zip((start.0..).step_by(4)) {
         *looked_at += 1;
         let link = at.wrapping_add_signed(i64::from(i32::from_le_bytes(offset)));
-        let done = look(view.kernel.runtime(Gva(link)));
+        let done = look(Gva(link));
         go_on(done, &mut |why| damaged = Some(why))?;
     }
     if let Some(damaged) = damaged {
         doubt.get_or_insert(damaged);
     }
     Ok(())
+}
+
+/// The static call that a tracepoint is called through, where the kernel has them. What
+/// it leads to was set by tracepoint_update_call() (kernel/tracepoint.c). The text of its
+/// sites is compared with that in [`super::text`].
+struct StaticCall {
+    /// Where a `struct tracepoint` has its `static_call_key` and its `iterator`.
+    key: u32,
+    iterator: u32,
+}
+
+impl StaticCall {
+    fn of(point: &Structure<'_>) -> Option<Self> {
+        Some(Self {
+            key: point.field("static_call_key").ok()?.offset,
+            iterator: point.field("iterator").ok()?.offset,
+        })
+    }
+
+    /// Checks that of the tracepoint that was linked at `link`, to which these are
+    /// attached. Which key and which iterator it has is the image's word.
+    fn check(
+        &self,
+        (view, owners, image): (&View<'_>, &Owners, &super::Image),
+        report: &mut Report,
+        (link, name): (Gva, &str),
+        attached: &[Gva],
+    ) -> Result<(), Obstacle> {
+        let built = |field: u32| {
+            let word = image.at(link.wrapping_add(field.into()), 8)?;
+            let to = Gva(u64::from_le_bytes(word.try_into().ok()?));
+            (to.0 != 0).then(|| view.kernel.runtime(to))
+        };
+        // One without sites has no key.
+        let (Some(key), Some(iterator)) = (built(self.key), built(self.iterator)) else {
+            return Ok(());
+        };
+        // `struct static_call_key` begins with the function.
+        let function = view.pointer(key, "a static call")?;
+        let only = match attached {
+            [only] => *only,
+            _ => iterator,
+        };
+        if function == iterator || function == only {
+            return Ok(());
+        }
+        let mut expected = view.name(iterator);
+        if only != iterator {
+            expected = format!("{expected}, or {}", view.name(only));
+        }
+        report.add(Finding {
+            check: Check::Tracepoints,
+            place: format!("tracepoint {name}, its static call"),
+            address: key.0,
+            expected,
+            found: view.name(function),
+            owner: Some(owners.owner(view, function).to_string()),
+        });
+        Ok(())
+    }
 }
 
 /// Judges a function at a tracepoint, and says what is not known of it.

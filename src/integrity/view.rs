@@ -167,6 +167,26 @@ impl<'a> View<'a> {
         Ok(all)
     }
 
+    /// Looks at each entry of such a list. What is wrong with one of them, or with the
+    /// list, is told after those that can be read.
+    pub(super) fn each(
+        &self,
+        head: Gva,
+        offset: u32,
+        what: &'static str,
+        mut look: impl FnMut(Gva) -> Result<(), Obstacle>,
+    ) -> Result<(), Obstacle> {
+        let mut all = Vec::new();
+        let mut done = self.list_into(head, offset, what, &mut all);
+        for entry in all {
+            match look(entry) {
+                Err(error @ Obstacle::TooMuch(_)) => return Err(error),
+                result => done = done.and(result),
+            }
+        }
+        done
+    }
+
     /// The same, and `all` has those that come before what is wrong with the list.
     pub(super) fn list_into(
         &self,

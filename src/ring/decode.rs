@@ -35,7 +35,7 @@ pub trait CodeMap {
 }
 
 /// Decodes the chunks of one boot, each CPU's in order.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Decoder {
     format: RecordFormat,
     boot: u32,
@@ -161,7 +161,7 @@ fn lost_why(gap: Gap) -> Option<LostWhy> {
         Gap::Overrun => Some(LostWhy::Overrun),
         Gap::Torn => Some(LostWhy::Torn),
         Gap::HelperAbsent => Some(LostWhy::HelperAbsent),
-        Gap::DiskFull => Some(LostWhy::DiskFull),
+        Gap::NotStored => Some(LostWhy::NotStored),
         Gap::Earlier => None,
     }
 }

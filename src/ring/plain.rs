@@ -230,7 +230,7 @@ mod tests {
             (Gap::Overrun, LostWhy::Overrun),
             (Gap::Torn, LostWhy::Torn),
             (Gap::HelperAbsent, LostWhy::HelperAbsent),
-            (Gap::DiskFull, LostWhy::DiskFull),
+            (Gap::NotStored, LostWhy::NotStored),
         ] {
             let items = decode(&mut decoder(), &chunk(0, &[entry(11, FUNC, 0)], Some(gap)));
             let lost = What::Lost(Lost { records: None, why });

@@ -40,7 +40,7 @@ pub enum Gap {
     /// Nobody was reading.
     HelperAbsent,
     /// What was read could not be stored.
-    DiskFull,
+    NotStored,
     /// Nothing is missing, but these bytes are older than the trace: they are
     /// the beginning of the page on which it begins, and give it its times.
     Earlier,

@@ -259,7 +259,7 @@ pub enum LostWhy {
     /// The guest reset its ring buffer, or rebooted, before they were read.
     GuestReset,
     /// The host could not store them.
-    DiskFull,
+    NotStored,
 }
 
 impl LostWhy {
@@ -270,7 +270,7 @@ impl LostWhy {
         Self::HelperAbsent,
         Self::Dropped,
         Self::GuestReset,
-        Self::DiskFull,
+        Self::NotStored,
     ];
 
     /// In a few words.
@@ -281,7 +281,7 @@ impl LostWhy {
             Self::HelperAbsent => "helper absent",
             Self::Dropped => "dropped by the guest",
             Self::GuestReset => "guest reset",
-            Self::DiskFull => "disk full",
+            Self::NotStored => "not stored",
         }
     }
 }

@@ -291,24 +291,33 @@ impl Meta {
         serde_json::from_slice(&text).map_err(|cause| SessionError::Meta { path, cause })
     }
 
-    /// Writes the `session.json` of a session's directory, whole or not at
-    /// all, and returns how large it is.
+    /// Writes the `session.json` of a session's directory, whole or not at all.
     ///
     /// # Errors
     /// If it cannot be written.
-    pub fn save(&self, dir: &Path) -> Result<u64, SessionError> {
-        let path = dir.join(META_FILE);
-        let io = || SessionError::io("write", &path);
-        let mut file = tempfile::NamedTempFile::new_in(dir).map_err(io())?;
-        serde_json::to_writer_pretty(&mut file, self)
-            .map_err(std::io::Error::from)
-            .map_err(io())?;
-        file.write_all(b"\n").map_err(io())?;
-        file.as_file().sync_data().map_err(io())?;
-        let size = file.as_file().metadata().map_err(io())?.len();
-        file.persist(&path)
-            .map_err(|error| error.error)
-            .map_err(io())?;
-        Ok(size)
+    pub fn save(&self, dir: &Path) -> Result<(), SessionError> {
+        replace(dir, &self.text(dir)?)
     }
+
+    /// What is in the `session.json` of the directory.
+    pub(super) fn text(&self, dir: &Path) -> Result<Vec<u8>, SessionError> {
+        let mut text = serde_json::to_vec_pretty(self)
+            .map_err(std::io::Error::from)
+            .map_err(SessionError::io("write", dir.join(META_FILE)))?;
+        text.push(b'\n');
+        Ok(text)
+    }
+}
+
+/// Puts this text in the place of a session's `session.json`, whole or not at all.
+pub(super) fn replace(dir: &Path, text: &[u8]) -> Result<(), SessionError> {
+    let path = dir.join(META_FILE);
+    let io = || SessionError::io("write", &path);
+    let mut file = tempfile::NamedTempFile::new_in(dir).map_err(io())?;
+    file.write_all(text).map_err(io())?;
+    file.as_file().sync_data().map_err(io())?;
+    file.persist(&path)
+        .map_err(|error| error.error)
+        .map_err(io())?;
+    Ok(())
 }

@@ -23,8 +23,10 @@
 //!
 //! This module may use `ring` and what is before it.
 
+mod disk;
 mod findings;
 mod follow;
+mod lines;
 mod maps;
 mod meta;
 mod modules;
@@ -99,6 +101,12 @@ pub enum SessionError {
     Full {
         /// Bytes.
         limit: u64,
+    },
+    /// The disk is too slow for what comes.
+    #[error("{waiting} bytes of the session wait for a slow disk, which is what limits.unwritten allows")]
+    Behind {
+        /// Bytes.
+        waiting: u64,
     },
     /// A file of records that is none.
     #[error("{0:?} holds no ring-buffer chunks")]

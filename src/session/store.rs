@@ -8,10 +8,10 @@
 //!  4  u32  length of the bytes
 //!  8  u64  time stamp of the page, guest trace clock, ns
 //! 16  u32  where on the page the bytes begin
-//! 20  u8   what is in front: 0 nothing is missing, 1 torn, 2 no helper, 3 disk full,
+//! 20  u8   what is in front: 0 nothing is missing, 1 torn, 2 no helper, 3 not stored,
 //!          4 overrun; 5: these bytes are older than the trace
 //! 21  3    0
-//! 24  u64  when it was read, host wall clock, ns since 1970
+//! 24  u64  when it was read, host wall clock, ns since 1970; 0 where that is not known
 //! ```
 
 use std::fs::{self, File, OpenOptions};
@@ -28,6 +28,60 @@ const FRAME_MAGIC: u32 = u32::from_le_bytes(*b"XFCH");
 const HEADER: usize = 32;
 /// A sub-buffer is at most this long.
 const BYTES_LIMIT: u32 = 65536;
+
+/// A chunk as it lies in its file.
+#[derive(Debug)]
+pub struct Frame {
+    cpu: u16,
+    bytes: Vec<u8>,
+}
+
+impl Frame {
+    /// That of a chunk that was read at `wall_ns`.
+    pub fn of(chunk: &Chunk, wall_ns: u64) -> Self {
+        let mut bytes = vec![0; HEADER];
+        let fields: [(usize, &[u8]); 5] = [
+            (0, &FRAME_MAGIC.to_le_bytes()),
+            (4, &(chunk.bytes.len() as u32).to_le_bytes()),
+            (8, &chunk.page_time.to_le_bytes()),
+            (16, &chunk.offset.to_le_bytes()),
+            (24, &wall_ns.to_le_bytes()),
+        ];
+        for (at, field) in fields {
+            bytes[at..at + field.len()].copy_from_slice(field);
+        }
+        bytes.extend(&chunk.bytes);
+        let mut frame = Self {
+            cpu: chunk.cpu,
+            bytes,
+        };
+        if let Some(gap) = chunk.gap {
+            frame.mark(gap);
+        }
+        frame
+    }
+
+    /// Has it say what is in front of it.
+    pub fn mark(&mut self, gap: Gap) {
+        self.bytes[20] = match gap {
+            Gap::Torn => 1,
+            Gap::HelperAbsent => 2,
+            Gap::NotStored => 3,
+            Gap::Overrun => 4,
+            Gap::Earlier => 5,
+        };
+    }
+
+    /// Whose it is.
+    pub fn cpu(&self) -> u16 {
+        self.cpu
+    }
+
+    /// How much a file grows by it, bytes.
+    pub fn size(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+}
 
 /// Appends chunks of one CPU to its file.
 #[derive(Debug)]
@@ -68,48 +122,23 @@ impl ChunkWriter {
         })
     }
 
-    /// Appends a chunk that was read at `wall_ns`, and returns how much the
-    /// file grew.
+    /// Appends a chunk.
     ///
     /// # Errors
-    /// If it cannot be written (a full disk, say). Part of it may have been.
-    pub fn append(&mut self, chunk: &Chunk, wall_ns: u64) -> Result<u64, SessionError> {
-        let mut header = [0u8; HEADER];
-        let gap = match chunk.gap {
-            None => 0,
-            Some(Gap::Torn) => 1,
-            Some(Gap::HelperAbsent) => 2,
-            Some(Gap::DiskFull) => 3,
-            Some(Gap::Overrun) => 4,
-            Some(Gap::Earlier) => 5,
-        };
-        let fields: [(usize, &[u8]); 6] = [
-            (0, &FRAME_MAGIC.to_le_bytes()),
-            (4, &(chunk.bytes.len() as u32).to_le_bytes()),
-            (8, &chunk.page_time.to_le_bytes()),
-            (16, &chunk.offset.to_le_bytes()),
-            (20, &[gap]),
-            (24, &wall_ns.to_le_bytes()),
-        ];
-        for (at, bytes) in fields {
-            header[at..at + bytes.len()].copy_from_slice(bytes);
-        }
+    /// If there is no place for it, which takes writing what came before it (on a full
+    /// disk, say).
+    pub fn append(&mut self, frame: &Frame) -> Result<(), SessionError> {
         self.file
-            .write_all(&header)
-            .and_then(|()| self.file.write_all(&chunk.bytes))
-            .map_err(SessionError::io("write", &self.path))?;
-        Ok(Self::size_of(chunk))
+            .write_all(&frame.bytes)
+            .map_err(SessionError::io("write", &self.path))
     }
 
-    /// How much the file grows by a chunk, bytes, besides what says what the
-    /// file is.
-    pub fn size_of(chunk: &Chunk) -> u64 {
-        (HEADER + chunk.bytes.len()) as u64
-    }
-
-    /// How much is not handed to the operating system yet, bytes.
-    pub fn buffered(&self) -> u64 {
-        self.file.buffer().len() as u64
+    /// Leaves it at what was handed to the operating system, and gives how much was not,
+    /// bytes.
+    pub fn give_up(self) -> u64 {
+        // Dropped as it is, it would try once more.
+        let (_, left) = self.file.into_parts();
+        left.map_or(0, |left| left.len() as u64)
     }
 
     /// Hands what is buffered to the operating system.
@@ -246,7 +275,7 @@ impl ChunkReader {
         let gap = match header[20] {
             1 => Some(Gap::Torn),
             2 => Some(Gap::HelperAbsent),
-            3 => Some(Gap::DiskFull),
+            3 => Some(Gap::NotStored),
             4 => Some(Gap::Overrun),
             5 => Some(Gap::Earlier),
             _ => None,
@@ -320,14 +349,14 @@ mod tests {
             chunk(7, 0, 40, None),
             chunk(7, 40, 4040, Some(Gap::Torn)),
             chunk(9, 0, 0, Some(Gap::HelperAbsent)),
-            chunk(u64::MAX, 4, 1, Some(Gap::DiskFull)),
+            chunk(u64::MAX, 4, 1, Some(Gap::NotStored)),
             chunk(10, 0, 2, Some(Gap::Overrun)),
             chunk(11, 0, 3, Some(Gap::Earlier)),
         ];
         for part in chunks.chunks(2) {
             let mut writer = ChunkWriter::open(dir.path(), 1, 3).expect("a writer");
             for chunk in part {
-                writer.append(chunk, 5).expect("a chunk");
+                writer.append(&Frame::of(chunk, 5)).expect("a chunk");
             }
             writer.flush().expect("a flush");
         }
@@ -340,7 +369,7 @@ mod tests {
         let (first, second) = (chunk(7, 0, 40, None), chunk(8, 0, 16, None));
         for chunk in [&first, &second] {
             let mut writer = ChunkWriter::open(dir.path(), 1, 3).expect("a writer");
-            writer.append(chunk, 5).expect("a chunk");
+            writer.append(&Frame::of(chunk, 5)).expect("a chunk");
             writer.flush().expect("a flush");
         }
         let path = path(dir.path(), 1, 3);
@@ -350,7 +379,7 @@ mod tests {
             assert_eq!(all(dir.path()), std::slice::from_ref(&first));
         }
         let mut writer = ChunkWriter::open(dir.path(), 1, 3).expect("a writer");
-        writer.append(&second, 5).expect("a chunk");
+        writer.append(&Frame::of(&second, 5)).expect("a chunk");
         writer.flush().expect("a flush");
         assert_eq!(fs::read(&path).expect("the file"), whole);
     }
@@ -360,8 +389,8 @@ mod tests {
         let dir = dir();
         let (first, second) = (chunk(7, 0, 40, None), chunk(8, 0, 16, None));
         let mut writer = ChunkWriter::open(dir.path(), 1, 3).expect("a writer");
-        writer.append(&first, 5).expect("a chunk");
-        writer.append(&second, 5).expect("a chunk");
+        writer.append(&Frame::of(&first, 5)).expect("a chunk");
+        writer.append(&Frame::of(&second, 5)).expect("a chunk");
         writer.flush().expect("a flush");
         let path = path(dir.path(), 1, 3);
         let whole = fs::read(&path).expect("the file");

@@ -1,50 +1,55 @@
 //! Writes a session while the guest runs.
 
-use std::collections::HashMap;
-use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::Write;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::fs::{self, DirBuilder};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
-
-use serde::Serialize;
 
 use crate::kernel::Symbols;
 use crate::ring::Chunk;
 
+use super::disk::{Disk, LinesFile, Work};
+use super::lines::Lines;
 use super::modules::{MODULES_LIMIT, SYMBOLS_LIMIT};
-use super::store::{ChunkReader, ChunkWriter};
+use super::store::{ChunkReader, Frame};
 use super::{
-    maps, Finding, FindingKind, MapId, Meta, ModuleHistory, ModuleLook, ModuleSymbols,
-    SessionError, FINDINGS_FILE, MODULES_FILE, MODULE_SYMBOLS_FILE,
+    maps, Finding, FindingKind, MapId, Meta, ModuleHistory, ModuleLook, ModuleSymbols, SessionError,
 };
 
 /// How large `findings.jsonl` may become, bytes: a guest can change its keys as
 /// often as it likes.
 const FINDINGS_LIMIT: u64 = 4 << 20;
+/// So many bytes of chunks are handed to the disk at once.
+const BATCH: u64 = 1 << 20;
 
 /// A session that grows.
+///
+/// A thread of its own writes the files, in the order in which they were given here;
+/// what could not be written is told when it is asked for
+/// ([`SessionWriter::take_trouble`], [`SessionWriter::sync`]).
 #[derive(Debug)]
 pub struct SessionWriter {
     dir: PathBuf,
     /// What it is; [`SessionWriter::save`] writes it.
     pub meta: Meta,
-    chunks: HashMap<u16, ChunkWriter>,
+    disk: Disk,
+    /// What is not handed to the disk yet.
+    batch: Vec<Work>,
+    batch_size: u64,
     findings: Lines,
     modules: Lines,
     module_symbols: Lines,
     /// The number that the load of a module had last.
     last_load: u32,
-    /// Bytes of ring files.
+    /// Bytes of ring files, with those that could not be written.
     size: u64,
     /// Bytes of `session.json`, as it was saved last.
     meta_size: u64,
     /// What all of these may come to.
     limit: u64,
+    /// How many bytes may wait for the disk.
+    waiting_limit: u64,
     /// Something was refused for the limit's sake.
     full: bool,
-    /// Bytes of ring files that were taken and could not be written after all.
-    unstored: u64,
 }
 
 impl SessionWriter {
@@ -63,6 +68,7 @@ impl SessionWriter {
         private(&dir.join("ring"))?;
         let mut writer = Self::open(dir, meta)?;
         writer.save()?;
+        writer.sync()?;
         Ok(writer)
     }
 
@@ -85,16 +91,18 @@ impl SessionWriter {
         Ok(Self {
             dir: dir.to_owned(),
             meta,
-            chunks: HashMap::new(),
-            findings: Lines::open(dir, FINDINGS_FILE, FINDINGS_LIMIT)?,
-            modules: Lines::open(dir, MODULES_FILE, MODULES_LIMIT)?,
-            module_symbols: Lines::open(dir, MODULE_SYMBOLS_FILE, SYMBOLS_LIMIT)?,
+            disk: Disk::start(dir)?,
+            batch: Vec::new(),
+            batch_size: 0,
+            findings: Lines::open(dir, LinesFile::Findings, FINDINGS_LIMIT)?,
+            modules: Lines::open(dir, LinesFile::Modules, MODULES_LIMIT)?,
+            module_symbols: Lines::open(dir, LinesFile::ModuleSymbols, SYMBOLS_LIMIT)?,
             last_load: 0,
             size: 0,
             meta_size: 0,
             limit: u64::MAX,
+            waiting_limit: u64::MAX,
             full: false,
-            unstored: 0,
         })
     }
 
@@ -106,16 +114,16 @@ impl SessionWriter {
     /// How large it is, bytes: what grows with the trace, so without the
     /// symbols and the keys.
     pub fn size(&self) -> u64 {
-        self.size
+        self.size.saturating_sub(self.unstored())
             + self.meta_size
-            + self.findings.size
-            + self.modules.size
-            + self.module_symbols.size
+            + self.findings.size()
+            + self.modules.size()
+            + self.module_symbols.size()
     }
 
-    /// Sets how large it may become, bytes.
-    pub fn set_limit(&mut self, limit: u64) {
-        self.limit = limit;
+    /// Sets how large it may become, and how much of it may wait for the disk, bytes.
+    pub fn set_limits(&mut self, size: u64, waiting: u64) {
+        (self.limit, self.waiting_limit) = (size, waiting);
     }
 
     /// Whether it has no room for what is to be stored.
@@ -124,24 +132,19 @@ impl SessionWriter {
     }
 
     /// Bytes of chunks that were taken, and could not be written when their
-    /// time came, or cannot now.
+    /// time came.
     pub fn unstored(&self) -> u64 {
-        self.unstored
+        self.disk.unstored()
     }
 
-    /// Writes what is buffered as far as it can be. What cannot is given up.
-    ///
-    /// # Errors
-    /// If it cannot be written.
-    pub fn finish(&mut self) -> Result<(), SessionError> {
-        let mut result = Ok(());
-        for (_, mut chunks) in self.chunks.drain() {
-            if let Err(error) = chunks.flush() {
-                self.unstored += chunks.buffered();
-                result = Err(error);
-            }
-        }
-        result
+    /// What could not be written, or the first of it, since this was asked last.
+    pub fn take_trouble(&self) -> Option<SessionError> {
+        self.disk.take_trouble()
+    }
+
+    /// No more chunks of the newest boot come. What of them cannot be written is given up.
+    pub fn end_boot(&mut self) {
+        self.hand(Work::BootEnded);
     }
 
     /// Where reading stopped in the newest boot: the last chunk of each CPU
@@ -176,69 +179,86 @@ impl SessionWriter {
         maps::store(&self.dir, symbols, slide)
     }
 
-    /// Stores a chunk of the newest boot.
+    /// Takes a chunk of the newest boot, which was read at `wall_ns`, for
+    /// [`SessionWriter::flush`] to hand on.
     ///
     /// # Errors
-    /// If it cannot be written, or would make the session larger than it may
-    /// become; the caller marks the CPU's next chunk
-    /// ([`crate::ring::Gap::DiskFull`]).
-    pub fn append(&mut self, chunk: &Chunk) -> Result<(), SessionError> {
-        if self.is_full() || self.size() + ChunkWriter::size_of(chunk) > self.limit {
+    /// If it would make the session larger than it may become, or the disk has not
+    /// taken what came before it; the caller marks the CPU's next chunk
+    /// ([`crate::ring::Gap::NotStored`]).
+    pub fn append(&mut self, chunk: &Chunk, wall_ns: u64) -> Result<(), SessionError> {
+        let frame = Frame::of(chunk, wall_ns);
+        let size = frame.size();
+        if self.is_full() || self.size() + size > self.limit {
             self.full = true;
             return Err(SessionError::Full { limit: self.limit });
         }
+        if self.disk.waiting() + self.batch_size + size > self.waiting_limit {
+            return Err(SessionError::Behind {
+                waiting: self.waiting_limit,
+            });
+        }
         let boot = self.meta.boots.last().map_or(1, |boot| boot.number);
-        let writer = match self.chunks.entry(chunk.cpu) {
-            std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
-            std::collections::hash_map::Entry::Vacant(entry) => {
-                entry.insert(ChunkWriter::open(&self.dir, boot, chunk.cpu)?)
-            }
-        };
-        match writer.append(chunk, wall_ns()) {
-            Ok(bytes) => {
-                self.size += bytes;
-                Ok(())
-            }
-            Err(error) => {
-                self.unstored += writer.buffered();
-                // What was half written is cut off when it is opened again.
-                self.chunks.remove(&chunk.cpu);
-                Err(error)
-            }
+        self.size += size;
+        self.batch_size += size;
+        self.batch.push(Work::Chunk { boot, frame });
+        if self.batch_size >= BATCH {
+            self.flush();
+        }
+        Ok(())
+    }
+
+    /// Hands all that was taken to the disk, and does not wait for it.
+    pub fn flush(&mut self) {
+        if !self.batch.is_empty() {
+            self.disk.hand(std::mem::take(&mut self.batch));
+            self.batch_size = 0;
         }
     }
 
-    /// Hands what is buffered to the operating system.
+    /// Waits until all that was given is in its file.
     ///
     /// # Errors
-    /// If it cannot be written.
-    pub fn flush(&mut self) -> Result<(), SessionError> {
-        self.chunks.values_mut().try_for_each(ChunkWriter::flush)
+    /// What could not be written, or the first of it, that was not told yet.
+    pub fn sync(&mut self) -> Result<(), SessionError> {
+        let (done, told) = std::sync::mpsc::channel();
+        self.hand(Work::Tell(done));
+        // The thread ends after this writer, and not before.
+        let _ = told.recv();
+        self.take_trouble().map_or(Ok(()), Err)
+    }
+
+    fn hand(&mut self, work: Work) {
+        self.batch.push(work);
+        self.flush();
     }
 
     /// Notes what the guest was caught at, as far as the file may grow.
     ///
     /// # Errors
-    /// If it cannot be written.
+    /// If it is nothing that can be written.
     pub fn finding(&mut self, finding: &Finding) -> Result<(), SessionError> {
         let full = Finding {
             wall_ns: finding.wall_ns,
             kind: FindingKind::Full,
         };
-        self.findings.note(finding, &full)
+        let work = self.findings.note(finding, &full)?;
+        work.into_iter().for_each(|work| self.hand(work));
+        Ok(())
     }
 
     /// Notes the guest's list of modules, as far as the file may grow; whether it
     /// was noted. The last line says that nothing is known from there on.
     ///
     /// # Errors
-    /// If it cannot be written.
+    /// If it is nothing that can be written.
     pub fn modules(&mut self, look: &ModuleLook) -> Result<bool, SessionError> {
         let unknown = ModuleLook {
             modules: None,
             ..look.clone()
         };
-        self.modules.note(look, &unknown)?;
+        let work = self.modules.note(look, &unknown)?;
+        work.into_iter().for_each(|work| self.hand(work));
         Ok(!self.modules.is_full())
     }
 
@@ -252,94 +272,33 @@ impl SessionWriter {
     /// grow; whether it was noted. The last line says that no more are.
     ///
     /// # Errors
-    /// If it cannot be written.
+    /// If it is nothing that can be written.
     pub fn module_symbols(&mut self, symbols: &ModuleSymbols) -> Result<bool, SessionError> {
-        self.module_symbols.note(symbols, &ModuleSymbols::full())?;
+        let work = self.module_symbols.note(symbols, &ModuleSymbols::full())?;
+        work.into_iter().for_each(|work| self.hand(work));
         Ok(!self.module_symbols.is_full())
     }
 
-    /// Writes `session.json`.
+    /// Writes `session.json` as it is now.
     ///
     /// # Errors
-    /// If it cannot be written.
+    /// If it is nothing that can be written.
     pub fn save(&mut self) -> Result<(), SessionError> {
-        self.meta_size = self.meta.save(&self.dir)?;
-        Ok(())
-    }
-}
-
-/// A file that a guest can make grow, a JSON object a line.
-#[derive(Debug)]
-struct Lines {
-    file: File,
-    path: PathBuf,
-    /// Bytes of it.
-    size: u64,
-    /// What it may come to: a line that passes it is the last but one.
-    limit: u64,
-}
-
-impl Lines {
-    /// Begins a file of the session, or goes on with it.
-    fn open(dir: &Path, name: &str, limit: u64) -> Result<Self, SessionError> {
-        let path = dir.join(name);
-        let file = OpenOptions::new()
-            .append(true)
-            .create(true)
-            .mode(0o600)
-            .open(&path)
-            .map_err(SessionError::io("open", &path))?;
-        let size = file
-            .metadata()
-            .map_err(SessionError::io("look at", &path))?
-            .len();
-        Ok(Self {
-            file,
-            path,
-            size,
-            limit,
-        })
-    }
-
-    fn is_full(&self) -> bool {
-        self.size >= self.limit
-    }
-
-    /// Writes a line, and where that fills the file, `last` behind it. Of a file
-    /// that is full, nothing becomes of it.
-    fn note<T: Serialize>(&mut self, line: &T, last: &T) -> Result<(), SessionError> {
-        if self.is_full() {
-            return Ok(());
-        }
-        self.write(line)?;
-        if self.is_full() {
-            self.write(last)?;
-        }
+        let text = self.meta.text(&self.dir)?;
+        self.meta_size = text.len() as u64;
+        self.hand(Work::Meta(text));
         Ok(())
     }
 
-    fn write(&mut self, value: &impl Serialize) -> Result<(), SessionError> {
-        let mut line = serde_json::to_vec(value)
-            .map_err(std::io::Error::from)
-            .map_err(SessionError::io("write", &self.path))?;
-        line.push(b'\n');
-        self.file
-            .write_all(&line)
-            .map_err(SessionError::io("write", &self.path))?;
-        self.size += line.len() as u64;
-        Ok(())
+    /// Whether a `session.json` still waits to be written.
+    pub fn is_saving(&self) -> bool {
+        self.disk.has_meta()
     }
-}
-
-/// The host's wall clock, nanoseconds since 1970.
-fn wall_ns() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |time| time.as_nanos() as u64)
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::{FINDINGS_FILE, MODULES_FILE};
     use super::*;
 
     fn meta() -> Meta {
@@ -370,7 +329,7 @@ mod tests {
         let parent = tempfile::tempdir().expect("a directory");
         let dir = parent.path().join("session");
         let mut writer = SessionWriter::create(&dir, meta()).expect("a session");
-        writer.set_limit(LIMIT);
+        writer.set_limits(LIMIT, u64::MAX);
         let chunk = |cpu| Chunk {
             cpu,
             page_time: 1,
@@ -378,14 +337,15 @@ mod tests {
             bytes: vec![7; 4000],
             gap: None,
         };
-        let taken = (0..1000).filter(|at| writer.append(&chunk(at % 3)).is_ok());
+        let taken = (0..1000).filter(|at| writer.append(&chunk(at % 3), 0).is_ok());
         let taken = taken.count();
         assert!(matches!(
-            writer.append(&chunk(0)),
+            writer.append(&chunk(0), 0),
             Err(SessionError::Full { limit: LIMIT })
         ));
         assert!(writer.is_full());
-        writer.finish().expect("written");
+        writer.end_boot();
+        writer.sync().expect("written");
         let length = |path: &Path| fs::metadata(path).expect("a file").len();
         let ring = fs::read_dir(dir.join("ring")).expect("files").flatten();
         let ring: u64 = ring.map(|file| length(&file.path())).sum();
@@ -394,13 +354,102 @@ mod tests {
         assert!(taken >= 23, "{taken}");
         // Also for the helper that goes on with it, and for what else grows.
         let mut writer = SessionWriter::resume(&dir).expect("the session");
-        writer.set_limit(LIMIT - 8000);
+        writer.set_limits(LIMIT - 8000, u64::MAX);
         assert!(writer.is_full());
-        writer.set_limit(u64::MAX);
+        writer.set_limits(u64::MAX, u64::MAX);
         writer.meta.domain = "x".repeat(200_000);
         writer.save().expect("saved");
-        writer.set_limit(LIMIT * 2);
+        writer.set_limits(LIMIT * 2, u64::MAX);
         assert!(writer.is_full());
+    }
+
+    fn of_one(cpu: u16, fill: u8) -> Chunk {
+        Chunk {
+            cpu,
+            page_time: 1,
+            offset: 0,
+            bytes: vec![fill; 4000],
+            gap: None,
+        }
+    }
+
+    fn stored(writer: &SessionWriter, cpu: u16) -> Vec<Chunk> {
+        let reader = ChunkReader::open(writer.dir(), 1, cpu).expect("a file");
+        let mut reader = reader.expect("a file");
+        std::iter::from_fn(move || reader.next_chunk().expect("a chunk")).collect()
+    }
+
+    /// A named pipe lets nobody open it to write before somebody reads.
+    #[test]
+    fn a_slow_disk_is_not_waited_for_and_what_comes_on_top_is_refused() {
+        const WAITING: u64 = 50_000;
+        let parent = tempfile::tempdir().expect("a directory");
+        let dir = parent.path().join("session");
+        let mut writer = SessionWriter::create(&dir, meta()).expect("a session");
+        writer.set_limits(u64::MAX, WAITING);
+        let pipe = dir.join(FINDINGS_FILE);
+        fs::remove_file(&pipe).expect("the file");
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).expect("a pipe");
+        let finding = Finding {
+            wall_ns: 1,
+            kind: FindingKind::TracerOff,
+        };
+        writer.finding(&finding).expect("it waits");
+        let mut taken = 0;
+        let refused = loop {
+            match writer.append(&of_one(1, 7), 0) {
+                Ok(()) => taken += 1,
+                Err(error) => break error,
+            }
+            writer.flush();
+        };
+        assert!(matches!(refused, SessionError::Behind { waiting: WAITING }));
+        assert_eq!(taken, WAITING / 4032);
+        assert!(!writer.is_saving());
+        writer.save().expect("it waits");
+        assert!(writer.is_saving());
+        // What was refused is no part of the size that it may have.
+        assert!(!writer.is_full());
+        assert!((taken * 4032..taken * 4032 + 4000).contains(&writer.size()));
+        assert!(!dir.join("ring/boot1-cpu1").exists());
+
+        let reader = fs::File::open(&pipe).expect("the pipe");
+        let told = writer.sync().expect_err("no file to go on with");
+        assert!(told.to_string().contains(FINDINGS_FILE), "{told}");
+        drop(reader);
+        assert!(!writer.is_saving());
+        assert_eq!(stored(&writer, 1).len() as u64, taken);
+        writer.append(&of_one(1, 8), 0).expect("room again");
+        writer.sync().expect("a disk that goes on");
+        assert_eq!(stored(&writer, 1).pop(), Some(of_one(1, 8)));
+        assert_eq!(writer.unstored(), 0);
+    }
+
+    #[test]
+    fn behind_what_could_not_be_written_there_is_a_hole() {
+        let parent = tempfile::tempdir().expect("a directory");
+        let dir = parent.path().join("session");
+        let mut writer = SessionWriter::create(&dir, meta()).expect("a session");
+        let in_the_way = dir.join("ring/boot1-cpu0");
+        fs::create_dir(&in_the_way).expect("a directory");
+        for (cpu, fill) in [(0, 1), (1, 2), (0, 3)] {
+            writer.append(&of_one(cpu, fill), 0).expect("taken");
+        }
+        let told = writer.sync().expect_err("no file");
+        assert!(told.to_string().contains("boot1-cpu0"), "{told}");
+        assert_eq!(writer.unstored(), 2 * 4032);
+        fs::remove_dir(&in_the_way).expect("the directory");
+        for fill in [4, 5] {
+            writer.append(&of_one(0, fill), 0).expect("taken");
+        }
+        writer.sync().expect("a disk that takes it");
+        let marked = Chunk {
+            gap: Some(crate::ring::Gap::NotStored),
+            ..of_one(0, 4)
+        };
+        assert_eq!(stored(&writer, 0), [marked, of_one(0, 5)]);
+        assert_eq!(stored(&writer, 1), [of_one(1, 2)]);
+        assert!(writer.take_trouble().is_none());
     }
 
     #[test]

@@ -96,6 +96,63 @@ fn a_full_disk_ends_no_trace() {
     assert_eq!(session.meta.end, Some(EndReason::Off));
     let pid = pid_of(&last);
     assert_eq!(recorded_reads(&session, 1, pid), 300);
-    let (_, places) = lost(&session, LostWhy::DiskFull);
+    let (_, places) = lost(&session, LostWhy::NotStored);
     assert!(places > 0, "no hole where nothing could be stored");
+}
+
+/// Whoever writes to a file system that is frozen waits, as for any storage that stalls.
+/// The guest meanwhile records several times what its ring buffers hold.
+#[test]
+fn a_disk_that_stalls_costs_no_record() {
+    const RINGS: u64 = 2 * (8 << 20);
+    const READS: u64 = 20_000;
+    let traced = Traced::start_alone("stalled");
+    let lab = traced.lab();
+    let inside = |program: &str, arguments: &[&str]| {
+        let mut command = lab.command(traced.dir(), program).unwrap();
+        assert!(command.args(arguments).status().unwrap().success());
+    };
+    let sessions = "/var/log/libvirt/qemu/stalled.xftrace";
+    let disk = traced.dir().join("disk");
+    let disk = disk.to_str().unwrap();
+    inside("mkdir", &["-m", "700", "-p", sessions]);
+    inside("truncate", &["-s", "600M", disk]);
+    inside("mkfs.ext4", &["-q", disk]);
+    inside("mount", &["-o", "loop", disk, sessions]);
+    traced.on(&["--buffer-size=8M", "sys_read"]);
+    traced.run_for("rwloop 200", SOON).unwrap();
+
+    let counters = || traced.status().unwrap().trace.expect("a trace").counters;
+    let before = counters();
+    inside("fsfreeze", &["-f", sessions]);
+    // The mount is the lab's own.
+    let stored = || {
+        let mut command = lab.command(traced.dir(), "sh").unwrap();
+        let sizes = format!("stat -c %s {sessions}/*/ring/*");
+        let output = command.args(["-c", &sizes]).output().unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let frozen = stored();
+    let run = traced.run_for(&format!("rwloop {READS}"), SOON).unwrap();
+    let meanwhile = counters().bytes - before.bytes;
+    let thawed = stored();
+    inside("fsfreeze", &["-u", sessions]);
+    assert!(meanwhile > 2 * RINGS, "only {meanwhile} bytes came");
+    assert_eq!(thawed, frozen, "the disk did not stall");
+
+    let pid = pid_of(&run.success().unwrap());
+    traced.command(&["off"]).assert().success();
+    let copy = traced.dir().join("copy");
+    inside("cp", &["-a", sessions, copy.to_str().unwrap()]);
+    inside("umount", &[sessions]);
+    let session = Session::open(&xftrace::session::list(&copy)[0]).unwrap();
+    let counters = session.meta.counters;
+    assert_eq!(
+        (counters.lost, counters.forged, counters.unstored_bytes),
+        (0, 0, 0),
+        "{counters:?}"
+    );
+    // A key is noted before it is handed out, so none was meanwhile.
+    assert!(counters.late_keys > 0, "{counters:?}");
+    assert_eq!(recorded_reads(&session, 1, pid), READS);
 }

@@ -6,7 +6,8 @@ use nix::unistd::Pid;
 use std::time::Duration;
 use xftrace::helper::protocol::{GuestStatus, Status};
 use xftrace::kernel::stock::{command_line, reserved_command_line};
-use xftrace::session::{list, Meta, Mode, State};
+use xftrace::ring::record::What;
+use xftrace::session::{list, Meta, Mode, Session, State};
 use xftrace_lab::{wait_for, Backing, Domain, Guest};
 
 use crate::lab::TestGuest;
@@ -66,9 +67,24 @@ fn both_boots_are_whole(traced: &Traced, pids: [i32; 2], helpers: u64) {
         assert!(reads < 500, "{reads}");
     }
     let counters = meta.counters;
+    let wrong = wrong_items(&session);
+    assert!(wrong.is_empty(), "{counters:?}: {wrong:#?}");
     assert_eq!((counters.forged, counters.lost_places), (0, 0));
     assert_eq!(counters.resumed, helpers);
     assert_eq!(list(&traced.lab().sessions(traced.name())).len(), 1);
+}
+
+/// What is forged or lost, with the boot, the CPU and the time that it stands at.
+fn wrong_items(session: &Session) -> Vec<(u32, u16, u64, What)> {
+    let mut items = session.items();
+    let mut wrong = Vec::new();
+    for item in items.by_ref() {
+        let item = item.expect("an item");
+        if matches!(item.what, What::Forged(_) | What::Lost(_)) {
+            wrong.push((item.boot, item.cpu, item.time, item.what));
+        }
+    }
+    wrong
 }
 
 #[test]

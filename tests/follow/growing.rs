@@ -111,7 +111,7 @@ impl Growing {
 
     /// The next boot, as the helper begins it.
     pub(crate) fn boot(&mut self, cpus: u32) {
-        self.writer.finish().expect("a flush");
+        self.writer.end_boot();
         self.seqs = [0; 16];
         let number = self.writer.meta.boots.len() as u32 + 1;
         let symbols = self
@@ -181,8 +181,8 @@ impl Growing {
             bytes,
             gap: None,
         };
-        self.writer.append(&chunk).expect("room on the disk");
-        self.writer.flush().expect("room on the disk");
+        self.writer.append(&chunk, 0).expect("room on the disk");
+        self.writer.sync().expect("room on the disk");
     }
 
     fn payload(&mut self, cpu: u16, record: Record) -> Vec<u8> {
@@ -227,7 +227,6 @@ impl Growing {
 
     /// Ends the session, as the helper does.
     pub(crate) fn close(&mut self) {
-        self.writer.flush().expect("room on the disk");
         let meta = &mut self.writer.meta;
         meta.state = State::Closed;
         meta.ended_ns = Some(NOON);
@@ -236,7 +235,8 @@ impl Growing {
     }
 
     pub(crate) fn save(&mut self) {
-        self.writer.save().expect("room on the disk");
+        self.writer.save().expect("a session.json");
+        self.writer.sync().expect("room on the disk");
     }
 }
 

@@ -82,6 +82,7 @@ fn session(dir: &Path, kinds: &[FindingKind]) -> Session {
         };
         writer.finding(&caught).expect("a finding");
     }
+    writer.sync().expect("a session");
     Session::open(&place).expect("a session")
 }
 

@@ -100,9 +100,7 @@ impl Trace {
         if let Some(counts) = &mut self.writer.meta.guest_counts {
             counts.begin(live.reader.written(&*self.ram));
         }
-        for chunk in earlier {
-            self.take(&chunk);
-        }
+        self.held.push(earlier);
         Ok(())
     }
 

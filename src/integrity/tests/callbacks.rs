@@ -984,6 +984,65 @@ fn what_is_attached_to_a_tracepoint_is_known_or_a_doubt() {
     assert_eq!(look(""), (1, true));
 }
 
+/// Which is what the sites jump to: the list of functions alone would tell little.
+#[test]
+fn the_static_call_of_a_tracepoint_leads_to_what_is_attached_to_it() {
+    let (list, point, key) = (DATA + 0x600, DATA + 0x700, DATA + 0x780);
+    let (name, array) = (HEAP + 0x80, HEAP + 0x100);
+    let mut guest = Fake::new();
+    let iterator = guest.function("__traceiter_sched_switch");
+    let [probe, second, other] = [
+        "probe_sched_switch",
+        "perf_trace_sched_switch",
+        "irq_work_single",
+    ]
+    .map(|name| guest.function(name));
+    let mut built = [0; 0x28];
+    built[8..16].copy_from_slice(&key.to_le_bytes());
+    built[16..24].copy_from_slice(&iterator.to_le_bytes());
+    let offset = ((point - list) as u32).to_le_bytes();
+    let image = Image::made_of(&[(".rodata", list, &offset), (".data", point, &built)], &[]);
+    guest.symbol(list, 'd', "__start___tracepoints_ptrs");
+    guest.symbol(list + 4, 'd', "__stop___tracepoints_ptrs");
+    let members = [
+        ("name", 0),
+        ("static_call_key", 8),
+        ("iterator", 16),
+        ("funcs", 24),
+    ];
+    guest.layout("tracepoint", &members);
+    guest.sized("tracepoint_func", 24);
+    guest.bytes(name, b"sched_switch\0");
+    guest.put(point, name);
+    let look = |attached: &[u64], leads_to: u64| {
+        guest.put(point + 24, if attached.is_empty() { 0 } else { array });
+        for at in 0..3 {
+            let function = attached.get(at).copied().unwrap_or(0);
+            guest.put(array + 24 * at as u64, function);
+        }
+        guest.put(key, leads_to);
+        // What the guest's own tracepoint says of its call is its word alone.
+        guest.put(point + 8, HEAP);
+        guest.put(point + 16, leads_to);
+        let report =
+            guest.check(|view, owners, report| tracepoints::attached(view, owners, &image, report));
+        found(&report).first().map(|found| found.0.to_owned())
+    };
+    let call = Some("tracepoint sched_switch, its static call".to_owned());
+    for attached in [&[][..], &[probe], &[probe, second]] {
+        assert_eq!(look(attached, iterator), None, "{attached:?}");
+        assert_eq!(look(attached, other), call, "{attached:?}");
+        assert_eq!(look(attached, THEIRS), call, "{attached:?}");
+        let is_only = attached.len() == 1;
+        assert_eq!(look(attached, probe).is_none(), is_only, "{attached:?}");
+    }
+    // Told once where it is attached.
+    assert_eq!(
+        look(&[THEIRS], THEIRS),
+        Some("tracepoint sched_switch".to_owned())
+    );
+}
+
 /// A list that has no end is one that was not looked at.
 #[test]
 fn more_functions_at_a_tracepoint_than_are_looked_at_are_a_doubt() {

@@ -220,7 +220,7 @@ fn missing_records_are_counted_in_their_place() {
         (None, LostWhy::Overrun),
         (Some(Gap::Torn), LostWhy::Torn),
         (Some(Gap::HelperAbsent), LostWhy::HelperAbsent),
-        (Some(Gap::DiskFull), LostWhy::DiskFull),
+        (Some(Gap::NotStored), LostWhy::NotStored),
     ] {
         let mut decoder = Decoder::new(TYPES, 1);
         let first = decode(&mut decoder, &chunk(&[good(1, 2, 1)], None), &keys(1));
