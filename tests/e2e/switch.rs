@@ -1,6 +1,7 @@
 //! Where the guest does not go along, or the disk: a trace ends when it is told
 //! to and not before, and the guest's tracer is nop again as soon as it can be.
 
+use std::process::Command;
 use std::time::Duration;
 
 use xftrace::ring::record::LostWhy;
@@ -100,6 +101,26 @@ fn a_full_disk_ends_no_trace() {
     assert!(places > 0, "no hole where nothing could be stored");
 }
 
+/// A block device of a file.
+struct LoopDevice(String);
+
+impl LoopDevice {
+    fn of(file: &str) -> Self {
+        let mut losetup = Command::new("losetup");
+        let output = losetup.args(["--find", "--show", file]).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        Self(String::from_utf8(output.stdout).unwrap().trim().to_owned())
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        // At once, or once nobody has it mounted.
+        let detached = Command::new("losetup").args(["--detach", &self.0]).status();
+        assert!(detached.is_ok_and(|status| status.success()) || std::thread::panicking());
+    }
+}
+
 /// Whoever writes to a file system that is frozen waits, as for any storage that stalls.
 /// The guest meanwhile records several times what its ring buffers hold.
 #[test]
@@ -110,7 +131,11 @@ fn a_disk_that_stalls_costs_no_record() {
     let lab = traced.lab();
     let inside = |program: &str, arguments: &[&str]| {
         let mut command = lab.command(traced.dir(), program).unwrap();
-        assert!(command.args(arguments).status().unwrap().success());
+        let output = command.args(arguments).output().unwrap();
+        assert!(
+            output.status.success(),
+            "{program} {arguments:?}: {output:?}"
+        );
     };
     let sessions = "/var/log/libvirt/qemu/stalled.xftrace";
     let disk = traced.dir().join("disk");
@@ -118,7 +143,13 @@ fn a_disk_that_stalls_costs_no_record() {
     inside("mkdir", &["-m", "700", "-p", sessions]);
     inside("truncate", &["-s", "600M", disk]);
     inside("mkfs.ext4", &["-q", disk]);
-    inside("mount", &["-o", "loop", disk, sessions]);
+    // The lab has a /dev of its own, without such devices.
+    let device = LoopDevice::of(disk);
+    let node = traced.dir().join("loop");
+    let mut copy = Command::new("cp");
+    let copied = copy.args(["-a", &device.0]).arg(&node).status();
+    assert!(copied.unwrap().success());
+    inside("mount", &[node.to_str().unwrap(), sessions]);
     traced.on(&["--buffer-size=8M", "sys_read"]);
     traced.run_for("rwloop 200", SOON).unwrap();
 
