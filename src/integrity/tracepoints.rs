@@ -71,11 +71,10 @@ fn functions(
         let name = view.text(text);
         let array = view.pointer(point.wrapping_add(funcs.into()), WHAT)?;
         let mut attached = Vec::new();
-        while array.0 != 0 {
-            if attached.len() as u64 == MAX_FUNCTIONS {
-                return Err(Obstacle::Endless("the functions at a tracepoint"));
-            }
-            let slot = array.wrapping_add((attached.len() as u64).wrapping_mul(each));
+        // An array that is not there is one of none.
+        let most = if array.0 == 0 { 0 } else { MAX_FUNCTIONS };
+        for index in 0..most {
+            let slot = array.wrapping_add(index.wrapping_mul(each));
             let function = view.pointer(slot, WHAT)?;
             if function.0 == 0 {
                 break;
@@ -84,6 +83,9 @@ fn functions(
                 doubt.get_or_insert(other);
             }
             attached.push(function);
+        }
+        if attached.len() as u64 == MAX_FUNCTIONS {
+            return Err(Obstacle::Endless("the functions at a tracepoint"));
         }
         match &call {
             Some(call) => call.check((view, owners, image), report, (link, &name), &attached),

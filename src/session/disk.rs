@@ -57,12 +57,11 @@ pub(super) enum Work {
 impl Work {
     /// What of it takes memory, bytes.
     pub(super) fn size(&self) -> u64 {
-        let size = match self {
+        match self {
             Self::Chunk { frame, .. } => frame.size(),
-            Self::Lines(_, bytes) | Self::Meta(bytes) => return bytes.len() as u64,
+            Self::Lines(_, bytes) | Self::Meta(bytes) => bytes.len() as u64,
             Self::BootEnded | Self::Tell(_) => 0,
-        };
-        size
+        }
     }
 }
 

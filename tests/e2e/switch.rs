@@ -153,9 +153,8 @@ fn a_disk_that_stalls_costs_no_record() {
     traced.on(&["--buffer-size=8M", "sys_read"]);
     traced.run_for("rwloop 200", SOON).unwrap();
 
-    let counters = || traced.status().unwrap().trace.expect("a trace").counters;
-    let before = counters();
-    inside("fsfreeze", &["-f", sessions]);
+    let bytes = |status: xftrace::helper::protocol::Status| status.trace.unwrap().counters.bytes;
+    let before = bytes(traced.status().unwrap());
     // The mount is the lab's own.
     let stored = || {
         let mut command = lab.command(traced.dir(), "sh").unwrap();
@@ -163,15 +162,18 @@ fn a_disk_that_stalls_costs_no_record() {
         let output = command.args(["-c", &sizes]).output().unwrap();
         String::from_utf8(output.stdout).unwrap()
     };
+    inside("fsfreeze", &["-f", sessions]);
+    // Not to be left frozen, whatever comes of this.
     let frozen = stored();
-    let run = traced.run_for(&format!("rwloop {READS}"), SOON).unwrap();
-    let meanwhile = counters().bytes - before.bytes;
-    let thawed = stored();
+    let run = traced.run_for(&format!("rwloop {READS}"), SOON);
+    let (status, thawed) = (traced.status(), stored());
     inside("fsfreeze", &["-u", sessions]);
+    let run = run.unwrap().success().unwrap();
+    let meanwhile = bytes(status.unwrap()) - before;
     assert!(meanwhile > 2 * RINGS, "only {meanwhile} bytes came");
     assert_eq!(thawed, frozen, "the disk did not stall");
 
-    let pid = pid_of(&run.success().unwrap());
+    let pid = pid_of(&run);
     traced.command(&["off"]).assert().success();
     let copy = traced.dir().join("copy");
     inside("cp", &["-a", sessions, copy.to_str().unwrap()]);
