@@ -126,8 +126,8 @@ pub struct Limits {
     /// The most that one session may take on disk, without its symbols, its
     /// keys and the call flow. The trace ends there, and says so.
     pub session_size: ByteSize,
-    /// How much of a session may wait for a slow disk, in the helper's memory. What comes
-    /// on top of it is lost to the trace, and counted.
+    /// How much of a session may wait for a slow disk, in the helper's memory; 1 MiB at
+    /// least. What comes on top of it is lost to the trace, and counted.
     pub unwritten: ByteSize,
     /// The most that the calls in a `trace_graph.txt` may take. It ends there, and says
     /// so; the records are all there.

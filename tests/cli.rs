@@ -6,6 +6,10 @@ use std::process::{Command as Process, Stdio};
 use assert_cmd::Command;
 use predicates::prelude::*;
 use predicates::str::{contains, is_empty, starts_with};
+use xftrace::ram::{Gpa, GuestRam};
+
+mod support;
+use support::guest::{Guest, Plan};
 
 fn xftrace() -> Command {
     let mut command = Command::cargo_bin("xftrace").expect("built");
@@ -531,6 +535,45 @@ fn what_is_not_there_is_called_that_with_what_to_do() {
     // The store is made with the first kernel that is added.
     let store = format!("{} does not exist", dir.path().join("symbols").display());
     check("raw").stderr(contains(store).and(contains("xftrace symbols add")));
+}
+
+/// Of several kernels in an image, nothing tells which one ran.
+#[test]
+fn which_of_an_images_kernels_it_is_can_be_said() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, config) = host(dir.path());
+    let (planted, ran) = (0x80_0000, 0x100_0000);
+    let at = |phys_text| Plan {
+        phys_text,
+        ..Plan::default()
+    };
+    let guest = Guest::load(at(ran), Guest::of(at(planted)).ram);
+    let mut memory = vec![0; guest.plan.ram as usize];
+    guest.ram.read(Gpa(0), &mut memory).unwrap();
+    std::fs::write(dir.path().join("raw"), memory).unwrap();
+    std::fs::write(dir.path().join("map"), guest.plan.system_map()).unwrap();
+    let status = |more: &[&str]| {
+        let mut command = xftrace();
+        command.current_dir(dir.path()).args(["--config", &config]);
+        command.args(["status", "--memory", "raw", "--symbols", "map"]);
+        command.args(more).assert()
+    };
+    status(&[]).code(0).stdout(
+        contains("at 0x800000, slide")
+            .and(contains("not trusted: the symbols fit 1 more"))
+            .and(contains("(at 0x1000000)").and(contains("--kernel-at"))),
+    );
+    for place in ["0x1000000", "16777216"] {
+        status(&["--kernel-at", place])
+            .code(0)
+            .stdout(contains("at 0x1000000, slide").and(contains("not trusted").not()));
+    }
+    status(&["--kernel-at", "0x1200000"])
+        .code(2)
+        .stderr(contains("no kernel that the symbols fit lies at 0x1200000"));
+    status(&["--kernel-at", "low"])
+        .code(2)
+        .stderr(contains("an address is a number"));
 }
 
 /// Nothing tells whether a raw image has the hole below 4 GiB in it.

@@ -3,8 +3,9 @@
 //! The image goes through the same code as a running guest: the kernel is
 //! found in it, and what lies in its ring buffers becomes a session, in a
 //! directory that is gone with the command. Nothing beats in an image, so of
-//! several kernels in it (a reboot may have left one behind) the most
-//! convincing is taken, and that is said.
+//! several kernels in it (a reboot may have left one behind, or somebody put it there)
+//! nothing tells which one ran: the lowest is taken, unless somebody says which, and that
+//! is said.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -24,12 +25,15 @@ use crate::session::{
     Boot, Counters, EndReason, Meta, Mode, QemuProcess, Session, SessionWriter, State, KLOG_FILE,
 };
 
+/// How many places of other kernels are named.
+const SHOWN: usize = 8;
+
 /// A saved image with a kernel in it.
 pub(super) struct Image {
     pub(super) ram: ImageRam,
     pub(super) kernel: Kernel,
-    /// How many others there are that pass every check.
-    pub(super) others: usize,
+    /// Where others are that pass every check, unless it was said which it is.
+    pub(super) others: Vec<Gpa>,
     pub(super) symbols_path: PathBuf,
     pub(super) symbols: Arc<Symbols>,
     link: Result<Link, LinkError>,
@@ -51,7 +55,7 @@ impl Image {
         let place = option.symbols.as_ref().unwrap_or(&config.paths.symbols);
         let found = Sources::new(vec![place.clone()])
             .fitting(&ram)?
-            .find(&ram, None);
+            .find(&ram, option.kernel_at);
         let found = found.map_err(|why| match left_out {
             Some(text) => why.context(format!(
                 "no kernel can be found, perhaps for the image's holes ({text}); save it anew \
@@ -61,9 +65,16 @@ impl Image {
                 "no kernel can be found in the image: is it whole, and of a guest that had booted?",
             ),
         })?;
+        let chosen = option.kernel_at;
+        if let Some(place) = chosen.filter(|place| *place != found.kernel.phys_text) {
+            bail!(
+                "no kernel that the symbols fit lies at {place}: `xftrace status --memory` names \
+                 those that do"
+            );
+        }
         Ok(Self {
             link: Link::attach(&ram, &found.kernel, &found.symbols),
-            others: found.others,
+            others: chosen.map_or(found.others, |_| Vec::new()),
             kernel: found.kernel,
             ram,
             symbols_path: found.path,
@@ -71,6 +82,26 @@ impl Image {
             name: path.file_name().map_or_else(String::new, |name| {
                 name.to_string_lossy().escape_debug().to_string()
             }),
+        })
+    }
+
+    /// Why what is said of its kernel may say nothing of the guest.
+    pub(super) fn doubt(&self) -> Option<String> {
+        let others: Vec<String> = self.others.iter().take(SHOWN).map(Gpa::to_string).collect();
+        (!others.is_empty()).then(|| {
+            let more = if self.others.len() > SHOWN {
+                ", ..."
+            } else {
+                ""
+            };
+            format!(
+                "the symbols fit {} more in the image (at {}{more}): a reboot left them, or \
+                 somebody put them there. This is of the one at {}, and nothing \
+                 tells whether it is the one that ran; --kernel-at says which to take",
+                self.others.len(),
+                others.join(", "),
+                self.kernel.phys_text
+            )
         })
     }
 

@@ -26,6 +26,9 @@ pub(super) fn run(context: &Context, args: &ReportArgs) -> anyhow::Result<Exit> 
         }
         (None, None, Some(memory)) => {
             let image = Image::open(&context.config()?, &args.image, memory)?;
+            if let Some(doubt) = image.doubt() {
+                super::out::message(&format!("warning: {doubt}"));
+            }
             let (dir, session) = image.session(args.klog.as_deref())?;
             _keep = Some(dir);
             session

@@ -71,12 +71,8 @@ fn print_image(out: &mut impl Write, path: &Path, image: &Image) -> std::io::Res
         "           at {}, slide {:#x}, {}-level paging",
         kernel.phys_text, kernel.slide, kernel.levels
     )?;
-    if image.others > 0 {
-        writeln!(
-            out,
-            "           and {} more that ran before it, or after",
-            image.others
-        )?;
+    if let Some(doubt) = image.doubt() {
+        writeln!(out, "           not trusted: {doubt}")?;
     }
     writeln!(out, "  symbols  {}", image.symbols_path.display())?;
     if let Some(mode) = image.mode() {

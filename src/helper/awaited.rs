@@ -130,7 +130,9 @@ impl Engine {
         // A function that it does not have will not come.
         let names = guest.symbols.full_names(&due.functions).ok()?;
         let error = match due.same_boot {
-            true => stock.tracing(ram, &names).err(),
+            true => stock
+                .tracing(ram, &guest.symbols.ftrace_names(&names))
+                .err(),
             false => guest.link.refuses(ram, &guest.symbols, &names),
         };
         if let Some(error) = error {

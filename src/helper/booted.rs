@@ -96,7 +96,7 @@ fn look(ram: &dyn GuestRam, guest: &Guest, stock: &Stock, functions: &[String]) 
         }
         let array = stock.tracing(ram, functions)?;
         let booted = stock.functions(ram, &guest.symbols)?;
-        booted.require(functions)?;
+        booted.require(&guest.symbols, functions)?;
         Ok(PlainRing {
             instance: array.name,
             reserved: array.boot_mapped,

@@ -11,8 +11,9 @@ pub(super) struct Clocks(Option<(ClockPair, ClockPair)>);
 
 impl Clocks {
     /// Notes that the guest's clock showed `guest_ns` a moment before the host's wall
-    /// clock showed `host_ns`. Of the pairs within a second, the one with the least between the guest's stamp
-    /// and our look is the best: the one in which the host is the least ahead.
+    /// clock showed `host_ns`. Of the pairs within a second, the one with the least between
+    /// the guest's stamp and our look is the best: the one in which the host is the least
+    /// ahead.
     pub(super) fn note(&mut self, guest_ns: u64, host_ns: u64) {
         let pair = ClockPair { guest_ns, host_ns };
         let ahead = |pair: &ClockPair| i128::from(pair.host_ns) - i128::from(pair.guest_ns);

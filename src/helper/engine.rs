@@ -397,7 +397,7 @@ impl Engine {
         let limits = &self.config.limits;
         trace
             .writer
-            .set_limits(limits.session_size.0, limits.unwritten.0);
+            .set_limits(limits.session_size.0, limits.unwritten.0.max(1 << 20));
         self.untraced = None;
         self.boot_look.forget();
         self.trace = Some(trace);

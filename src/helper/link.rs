@@ -124,7 +124,8 @@ impl Link {
     }
 
     /// The ring buffer that its records go to; in plain mode with the trace
-    /// array that it belongs to. `functions` are named where there is none.
+    /// array that it belongs to. `functions` are named where there is none, by the names
+    /// that Ftrace has.
     pub(crate) fn reader(
         &self,
         ram: &dyn GuestRam,
@@ -146,7 +147,7 @@ impl Link {
         }
     }
 
-    /// Why `functions`, by their full names, cannot be traced as things are.
+    /// Why `functions` cannot be traced as things are.
     pub(crate) fn refuses(
         &self,
         ram: &dyn GuestRam,
@@ -156,8 +157,8 @@ impl Link {
         match self {
             Self::Keyed(_) => None,
             Self::Plain(stock) => stock
-                .tracing(ram, functions)
-                .and_then(|_| stock.functions(ram, symbols)?.require(functions))
+                .tracing(ram, &symbols.ftrace_names(functions))
+                .and_then(|_| stock.functions(ram, symbols)?.require(symbols, functions))
                 .err(),
         }
     }

@@ -44,7 +44,7 @@ pub(super) fn places(enrolment: Option<&Enrolment>, config: &Config) -> Vec<Path
 
 /// Finds the kernel that lives; where none is seen to within `patience` (a
 /// paused guest's does not), or none can be traced, the one where a helper has
-/// seen it, or else the most convincing one. What the domain boots may be `named`: it is
+/// seen it, or else the lowest one. What the domain boots may be `named`: it is
 /// one more file that has symbols.
 ///
 /// # Errors

@@ -63,10 +63,11 @@ pub(crate) struct Fitting {
 /// A kernel in memory.
 #[derive(Debug)]
 pub(crate) struct Found {
-    /// The most convincing of those that its symbols fit.
+    /// The one at the place that was asked for, or else the lowest of those that its
+    /// symbols fit.
     pub(crate) kernel: Kernel,
-    /// How many others these fit.
-    pub(crate) others: usize,
+    /// Where others are that these fit.
+    pub(crate) others: Vec<Gpa>,
     pub(crate) symbols: Arc<Symbols>,
     /// Where they are from.
     pub(crate) path: PathBuf,
@@ -88,7 +89,7 @@ impl Fitting {
                     let kernel = kernels.remove(known.unwrap_or(0));
                     let found = Found {
                         kernel,
-                        others: kernels.len(),
+                        others: kernels.iter().map(|other| other.phys_text).collect(),
                         symbols,
                         path,
                     };

@@ -37,7 +37,7 @@ use live::Live;
 const SAVE_EVERY: Duration = Duration::from_secs(1);
 /// A heart silent for longer may mean a reset: what the guest says of itself
 /// meanwhile is not looked at.
-const HOLD_AFTER: Duration = Duration::from_millis(1000);
+const SUSPECT_AFTER: Duration = Duration::from_millis(1000);
 /// By how much the trace clocks of two CPUs may differ: two ticks at HZ=100.
 const CLOCKS_APART_NS: u64 = 20_000_000;
 
@@ -147,11 +147,11 @@ impl Trace {
                     symbols: &guest.symbols,
                     slide: guest.kernel.slide,
                 };
-                let functions = trace.writer.meta.functions();
+                let functions = guest.symbols.ftrace_names(trace.writer.meta.functions());
                 let (mut reader, array) =
                     guest
                         .link
-                        .reader(&*trace.ram, &guest.kernel, 0, functions)?;
+                        .reader(&*trace.ram, &guest.kernel, 0, &functions)?;
                 reader.limit_cpus(watch.max_cpus);
                 let chunks = trace.writer.last_chunks()?;
                 trace.keys.with_history(|history| {
@@ -210,10 +210,11 @@ impl Trace {
         let since = watch
             .heartbeat()
             .map_or(0, |beat| beat.clock.saturating_sub(CLOCKS_APART_NS));
-        let functions = self.writer.meta.functions();
-        let (mut reader, array) = guest
-            .link
-            .reader(&*self.ram, &guest.kernel, since, functions)?;
+        let functions = guest.symbols.ftrace_names(self.writer.meta.functions());
+        let (mut reader, array) =
+            guest
+                .link
+                .reader(&*self.ram, &guest.kernel, since, &functions)?;
         reader.limit_cpus(watch.max_cpus);
         let symbols = self
             .writer
@@ -261,12 +262,15 @@ impl Trace {
             keys.retarget(None);
         }
         self.take_whole();
+        self.end_round();
         self.live = None;
     }
 
     /// Reads what is new, and takes what was read before the guest was last seen to live.
     pub(super) fn drain(&mut self, watch: &Watch) -> Result<Drained, TraceError> {
-        self.take_good(watch.alive_at());
+        // One that works on a command does not beat.
+        let now = watch.busy().then(Instant::now);
+        self.take_good(now.unwrap_or(watch.alive_at()));
         self.end_round();
         self.writer.flush();
         let Some(live) = &mut self.live else {
@@ -455,6 +459,8 @@ impl Trace {
     /// Ends the session: stops the keys, and closes its files.
     pub(super) fn close(mut self, end: EndReason, watch: &Watch) -> Closed {
         self.read_last_symbols(watch);
+        // What is still to come is waited for.
+        self.writer.wait_for_disk();
         self.take_all();
         let found = self.judging.sentry.take().map(Sentry::finish);
         self.detected(&found.unwrap_or_default());

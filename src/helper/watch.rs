@@ -345,7 +345,7 @@ impl Watch {
                 if living.is_empty() {
                     "a kernel is there, and its heart has not beaten yet".clone_into(&mut why);
                 } else if Some(which(kernel, &link)) != current {
-                    self.meet_rivals(&living);
+                    self.meet_rivals(&living, *place);
                     self.take(Guest {
                         kernel: kernel.clone(),
                         link,
@@ -362,11 +362,13 @@ impl Watch {
         Ok(Seen::Same)
     }
 
-    /// What it means that more than one lives: the first of them is taken.
-    fn meet_rivals(&mut self, living: &[Gpa]) {
+    /// What it means that more than one lives, of which the one at `taken` is.
+    fn meet_rivals(&mut self, living: &[Gpa], taken: Gpa) {
         self.rivals = None;
-        let [taken, _, ..] = living else { return };
-        let is_known = self.candidates.is_known(*taken);
+        if living.len() < 2 {
+            return;
+        }
+        let is_known = self.candidates.is_known(taken);
         if !is_known {
             self.rivals = Some(Rivals {
                 places: living.to_vec(),
@@ -378,7 +380,7 @@ impl Watch {
             let which = if is_known {
                 "where it was before, which is the true one's place"
             } else {
-                "at the lowest address, and nothing is traced while that is a guess"
+                "the first that can be met, and nothing is traced while that is a guess"
             };
             log::warn!(
                 "{} kernels seem to live in the guest's memory: somebody who controls its kernel \

@@ -50,14 +50,26 @@ const KPROBE_EVENTS: [&str; 2] = ["kprobe_dispatcher", "kretprobe_dispatcher"];
 /// Buckets of a table of Ftrace's: `FTRACE_HASH_MAX_BITS` is 12.
 const MAX_BITS: u64 = 16;
 
-/// Whom a callback of Ftrace's calls besides its function, which is `function`.
+/// Whom a callback of Ftrace's calls besides its function, which is `function`: `all` has
+/// those that can be told, whatever is wrong with others.
 pub(super) fn of_callback(
     view: &View<'_>,
     ops: Gva,
     function: Gva,
-) -> Result<Vec<Callee>, Obstacle> {
+    all: &mut Vec<Callee>,
+) -> Result<(), Obstacle> {
+    let done = callees(view, ops, function, all);
+    all.retain(|(_, _, to)| to.0 != 0 && *to != function);
+    done
+}
+
+fn callees(
+    view: &View<'_>,
+    ops: Gva,
+    function: Gva,
+    all: &mut Vec<Callee>,
+) -> Result<(), Obstacle> {
     let is = |name: &str| view.is_one_of(function, &[name]);
-    let mut all = Vec::new();
     // What it is called with once it is to be limited to some tasks.
     let saved = field(view, "ftrace_ops", "saved_func")?;
     all.push(callee(view, SAVED, ops, saved)?);
@@ -97,8 +109,7 @@ pub(super) fn of_callback(
             all.push(callee(view, CALLED_DIRECTLY, ops, at)?);
         }
     }
-    all.retain(|(_, _, to)| to.0 != 0 && *to != function);
-    Ok(all)
+    Ok(())
 }
 
 /// Whom a `struct rethook` calls where functions return, but for what it is to call:

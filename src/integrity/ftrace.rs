@@ -197,12 +197,12 @@ fn follow(
     (ops, function): (Gva, Gva),
 ) -> Result<(), Obstacle> {
     let name = view.name(ops);
-    match dispatch::of_callback(view, ops, function) {
-        Ok(mut all) => {
-            all.retain(|callee| !is_in_table(view, ops, callee, in_table));
-            further(view, owners, report, doubts, &name, &all);
-            Ok(())
-        }
+    let mut all = Vec::new();
+    let done = dispatch::of_callback(view, ops, function, &mut all);
+    all.retain(|callee| !is_in_table(view, ops, callee, in_table));
+    further(view, owners, report, doubts, &name, &all);
+    match done {
+        Ok(()) => Ok(()),
         Err(error @ Obstacle::TooMuch(_)) => Err(error),
         Err(error) => {
             doubts.push(format!(

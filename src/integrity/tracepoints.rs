@@ -71,26 +71,33 @@ fn functions(
         let name = view.text(text);
         let array = view.pointer(point.wrapping_add(funcs.into()), WHAT)?;
         let mut attached = Vec::new();
-        // An array that is not there is one of none.
-        let most = if array.0 == 0 { 0 } else { MAX_FUNCTIONS };
-        for index in 0..most {
-            let slot = array.wrapping_add(index.wrapping_mul(each));
-            let function = view.pointer(slot, WHAT)?;
-            if function.0 == 0 {
-                break;
+        let mut list = || {
+            // An array that is not there is one of none.
+            let most = if array.0 == 0 { 0 } else { MAX_FUNCTIONS };
+            for index in 0..most {
+                let slot = array.wrapping_add(index.wrapping_mul(each));
+                let function = view.pointer(slot, WHAT)?;
+                if function.0 == 0 {
+                    return Ok(());
+                }
+                attached.push((slot, function));
             }
+            match most {
+                0 => Ok(()),
+                _ => Err(Obstacle::Endless("the functions at a tracepoint")),
+            }
+        };
+        // Those that can be read are judged, whatever is wrong with what follows.
+        let listed = list();
+        for &(slot, function) in &attached {
             if let Some(other) = judge(view, owners, report, &name, slot, function) {
                 doubt.get_or_insert(other);
             }
-            attached.push(function);
         }
-        if attached.len() as u64 == MAX_FUNCTIONS {
-            return Err(Obstacle::Endless("the functions at a tracepoint"));
-        }
-        match &call {
-            Some(call) => call.check((view, owners, image), report, (link, &name), &attached),
-            None => Ok(()),
-        }
+        let called = call.as_ref().map_or(Ok(()), |call| {
+            call.check((view, owners, image), report, (link, &name), &attached)
+        });
+        listed.and(called)
     };
     let mut damaged = None;
     for (offset, at) in super::image::records::<4>(list).zip((start.0..).step_by(4)) {
@@ -129,7 +136,7 @@ impl StaticCall {
         (view, owners, image): (&View<'_>, &Owners, &super::Image),
         report: &mut Report,
         (link, name): (Gva, &str),
-        attached: &[Gva],
+        attached: &[(Gva, Gva)],
     ) -> Result<(), Obstacle> {
         let built = |field: u32| {
             let word = image.at(link.wrapping_add(field.into()), 8)?;
@@ -143,7 +150,7 @@ impl StaticCall {
         // `struct static_call_key` begins with the function.
         let function = view.pointer(key, "a static call")?;
         let only = match attached {
-            [only] => *only,
+            [(_, only)] => *only,
             _ => iterator,
         };
         if function == iterator || function == only {

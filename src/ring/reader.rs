@@ -127,9 +127,16 @@ pub(super) struct Buffer {
 pub(super) struct Cursor {
     pub(super) time: u64,
     pub(super) offset: u32,
-    /// The page, and its last bytes that were read; not known after
-    /// [`RingReader::resume`].
-    pub(super) place: Option<(Gpa, Vec<u8>)>,
+    /// Not known after [`RingReader::resume`].
+    pub(super) place: Option<Place>,
+}
+
+/// The page that was read last.
+#[derive(Clone, Debug)]
+pub(super) struct Place {
+    pub(super) page: Gpa,
+    /// What was read of it, up to where reading stopped.
+    pub(super) bytes: Vec<u8>,
 }
 
 impl RingReader {
@@ -279,6 +286,6 @@ impl Cursor {
     pub(super) fn is_at(&self, page: Gpa, head: Head) -> bool {
         head.time == self.time
             && head.commit >= self.offset
-            && self.place.as_ref().is_none_or(|(at, _)| *at == page)
+            && self.place.as_ref().is_none_or(|place| place.page == page)
     }
 }

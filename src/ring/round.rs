@@ -13,8 +13,8 @@
 //! Their time stamps alone would not do: where the guest's clock is not steady
 //! (emulation, an unstable TSC), sched_clock_local() holds it at the end of a
 //! tick until the next one comes, and many pages have the same time. So what
-//! was read last is known again by its page, its time, and its last bytes,
-//! which hold a record's running number or its times; and which pages the guest takes
+//! was read last is known again by its page, its time, and what was read of it (its last
+//! bytes would not do: padding is what it was before the page was taken); and which pages the guest takes
 //! meanwhile is known by how far its commit page has come (`taken`).
 //!
 //! The buffer itself may be another than before: a snapshot in the guest swaps
@@ -30,7 +30,7 @@ use crate::kernel::Gva;
 use crate::ram::{Gpa, RamError};
 
 use super::pages::{Claims, Pages};
-use super::reader::{Buffer, Cpu, Cursor};
+use super::reader::{Buffer, Cpu, Cursor, Place};
 use super::structs::{Head, Structs};
 use super::taken::Taken;
 use super::{Chunk, Drained, Gap, RingError, TRIES};
@@ -42,9 +42,6 @@ const ROUND_TIME: Duration = Duration::from_millis(200);
 /// How many buffers of one CPU are known again: its own, and those that it was
 /// swapped for.
 const BUFFERS: usize = 4;
-/// How many bytes in front of a place tell it from the same place of another
-/// round of the ring.
-const TAIL: usize = 16;
 
 /// One round over the CPUs.
 pub(super) struct Round<'a> {
@@ -213,7 +210,8 @@ impl<'a> Round<'a> {
             }
             return Ok(());
         }
-        // A guest that reads its own buffer that fast is tried again next time.
+        // A guest that reads its own buffer, or writes it, that fast is tried again next
+        // time.
         Ok(())
     }
 
@@ -284,7 +282,8 @@ impl<'a> Round<'a> {
         };
         let mut at = None;
         for (index, seen) in pages.iter().enumerate() {
-            if cursor.is_at(seen.data, seen.head) && self.is_same_place(cursor)? {
+            let is_at = cursor.is_at(seen.data, seen.head);
+            if is_at && (!taken.asks(cursor.time) || self.is_same_place(cursor)?) {
                 at = Some(index);
                 break;
             }
@@ -304,14 +303,14 @@ impl<'a> Round<'a> {
 
     /// Whether what was read last is where it was.
     fn is_same_place(&self, cursor: &Cursor) -> Result<bool, RingError> {
-        let Some((page, tail)) = &cursor.place else {
+        let Some(Place { page, bytes: known }) = &cursor.place else {
             return Ok(true);
         };
-        let data = u64::from(self.structs.layout.data) + u64::from(cursor.offset);
-        let mut bytes = vec![0; tail.len()];
-        let at = page.0 + data.saturating_sub(tail.len() as u64);
+        let end = u64::from(self.structs.layout.data) + u64::from(cursor.offset);
+        let mut bytes = vec![0; known.len()];
+        let at = page.0 + end.saturating_sub(known.len() as u64);
         self.structs.ram.read(Gpa(at), &mut bytes)?;
-        Ok(bytes == *tail)
+        Ok(bytes == *known)
     }
 
     /// Copies what is new on one page that looked like `seen`, and moves the
@@ -327,9 +326,14 @@ impl<'a> Round<'a> {
         let (page, head) = (seen.data, seen.head);
         let old = cursor.as_ref().filter(|cursor| cursor.is_at(page, head));
         let from = old.map_or(0, |cursor| cursor.offset);
-        let tail = old
-            .and_then(|cursor| cursor.place.as_ref())
-            .map(|(_, tail)| tail.clone());
+        let read = old.and_then(|cursor| cursor.place.as_ref());
+        let read = read.map_or_else(Vec::new, |place| place.bytes.clone());
+        // Where its time does not tell that it is the same page as it was.
+        let known = if taken.asks(head.time) {
+            &read[..]
+        } else {
+            &[]
+        };
         for _ in 0..TRIES {
             let before = self.structs.head(page)?;
             if before.time != head.time || before.commit < head.commit {
@@ -342,9 +346,8 @@ impl<'a> Round<'a> {
             if before.commit <= from {
                 return Ok(());
             }
-            // A little from in front of what is new, to know the place by.
-            let known = tail.as_ref().map_or(0, Vec::len);
-            let start = from as usize - known.min(from as usize);
+            // What is in front of what is new, to know the place by.
+            let start = from as usize - known.len().min(from as usize);
             let mut bytes = vec![0; before.commit as usize - start];
             let data = u64::from(self.structs.layout.data);
             self.structs
@@ -366,7 +369,7 @@ impl<'a> Round<'a> {
                 }
             }
             let skip = from as usize - start;
-            let same_place = tail.as_ref().is_none_or(|tail| bytes.starts_with(tail));
+            let same_place = bytes.starts_with(known);
             if !same_place || (from == 0 && before.missed) {
                 gap.get_or_insert(Gap::Overrun);
             }
@@ -383,12 +386,12 @@ impl<'a> Round<'a> {
                 }
                 return self.page(of, taken, cursor, gap, seen);
             };
-            let last = bytes.len() - bytes.len().min(TAIL);
-            let tail = bytes.get(last..).unwrap_or_default().to_vec();
+            let mut read = if from == 0 { Vec::new() } else { read };
+            read.extend(&bytes);
             *cursor = Some(Cursor {
                 time: before.time,
                 offset: before.commit,
-                place: Some((page, tail)),
+                place: Some(Place { page, bytes: read }),
             });
             self.drained.pages += 1;
             self.drained.bytes += bytes.len() as u64;

@@ -17,8 +17,8 @@ use std::thread::JoinHandle;
 
 use crate::ring::Gap;
 
-use super::meta;
 use super::store::{ChunkWriter, Frame};
+use super::{maps, meta, MapId};
 use super::{SessionError, FINDINGS_FILE, MODULES_FILE, MODULE_SYMBOLS_FILE};
 
 /// A file of lines.
@@ -50,18 +50,24 @@ pub(super) enum Work {
     Lines(LinesFile, Vec<u8>),
     /// Puts this in the place of `session.json`.
     Meta(Vec<u8>),
+    /// Puts the symbols of a kernel there, unless they are.
+    Map(MapId, Vec<u8>),
     /// Tells that all before it is done.
     Tell(Sender<()>),
 }
 
 impl Work {
-    /// What of it takes memory, bytes.
+    /// What each takes besides its bytes: a guest may make as many chunks as it has bytes.
+    pub(super) const OVERHEAD: u64 = std::mem::size_of::<Self>() as u64 + 64;
+
+    /// What it takes of memory, bytes.
     pub(super) fn size(&self) -> u64 {
-        match self {
+        let bytes = match self {
             Self::Chunk { frame, .. } => frame.size(),
-            Self::Lines(_, bytes) | Self::Meta(bytes) => bytes.len() as u64,
+            Self::Lines(_, bytes) | Self::Meta(bytes) | Self::Map(_, bytes) => bytes.len() as u64,
             Self::BootEnded | Self::Tell(_) => 0,
-        }
+        };
+        Self::OVERHEAD + bytes
     }
 }
 
@@ -102,6 +108,7 @@ impl Disk {
             chunks: HashMap::new(),
             holes: HashSet::new(),
             lines: HashMap::new(),
+            maps: HashMap::new(),
         };
         let thread = std::thread::Builder::new()
             .name("disk".to_owned())
@@ -169,6 +176,8 @@ struct Files {
     /// CPUs whose last chunk could not be written.
     holes: HashSet<u16>,
     lines: HashMap<LinesFile, File>,
+    /// Maps that could not be written yet.
+    maps: HashMap<MapId, Vec<u8>>,
 }
 
 impl Files {
@@ -176,11 +185,10 @@ impl Files {
         while let Ok(works) = todo.recv() {
             for work in works {
                 let size = work.size();
-                if matches!(work, Work::Meta(_)) {
-                    self.shared.metas.fetch_sub(1, Ordering::Relaxed);
-                }
+                let metas = u64::from(matches!(work, Work::Meta(_)));
                 let done = self.work(work);
                 self.note(done);
+                self.shared.metas.fetch_sub(metas, Ordering::Relaxed);
                 self.shared.waiting.fetch_sub(size, Ordering::Relaxed);
             }
             // At once: a helper that is killed takes what it still holds with it.
@@ -205,9 +213,14 @@ impl Files {
             }
             Work::Lines(file, bytes) => self.lines(file, &bytes),
             Work::Meta(bytes) => {
-                // Who reads of records there finds them.
+                // Who reads of records there finds them, and the symbols for them.
+                let maps = self.put_maps();
                 let flushed = self.flush();
-                meta::replace(&self.dir, &bytes).and(flushed)
+                meta::replace(&self.dir, &bytes).and(flushed).and(maps)
+            }
+            Work::Map(id, text) => {
+                self.maps.insert(id, text);
+                self.put_maps()
             }
             Work::Tell(to) => {
                 let flushed = self.flush();
@@ -219,8 +232,21 @@ impl Files {
         }
     }
 
+    fn put_maps(&mut self) -> Result<(), SessionError> {
+        let mut done = Ok(());
+        self.maps.retain(|id, text| {
+            let put = maps::put(&self.dir, id, text);
+            let failed = put.is_err();
+            done = std::mem::replace(&mut done, Ok(())).and(put);
+            failed
+        });
+        done
+    }
+
+    /// Flushes each, and tells what is wrong with the first that fails.
     fn flush(&mut self) -> Result<(), SessionError> {
-        self.chunks.values_mut().try_for_each(ChunkWriter::flush)
+        let flushed = self.chunks.values_mut().map(ChunkWriter::flush);
+        flushed.fold(Ok(()), Result::and)
     }
 
     fn chunk(&mut self, boot: u32, mut frame: Frame) -> Result<(), SessionError> {

@@ -23,7 +23,7 @@ use crate::kernel::Symbols;
 const DIGEST: usize = 20;
 
 /// Which of a session's symbols: a digest of their text, in hex.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, Hash)]
 #[serde(try_from = "String")]
 pub struct MapId(String);
 
@@ -61,27 +61,28 @@ impl fmt::Display for MapId {
     }
 }
 
-/// Puts the symbols of a kernel that runs at `slide` into `dir`, unless they
-/// are there. As a System.map, whatever they were read from: text that can be
-/// read anywhere.
-pub(super) fn store(dir: &Path, symbols: &Symbols, slide: u64) -> Result<MapId, SessionError> {
+/// The symbols of a kernel that runs at `slide`, as a System.map, whatever they were
+/// read from: text that can be read anywhere.
+pub(super) fn text(symbols: &Symbols, slide: u64) -> std::io::Result<(MapId, Vec<u8>)> {
     let mut text = Vec::new();
-    symbols
-        .write_map(&mut text, slide)
-        .map_err(SessionError::io("write", dir))?;
-    let id = MapId::of(&text);
+    symbols.write_map(&mut text, slide)?;
+    Ok((MapId::of(&text), text))
+}
+
+/// Puts such a text into `dir`, unless it is there.
+pub(super) fn put(dir: &Path, id: &MapId, text: &[u8]) -> Result<(), SessionError> {
     let path = id.file(dir);
     if path.exists() {
-        return Ok(id);
+        return Ok(());
     }
     // Whole or not there, for the helper may be killed; for root's eyes only,
     // as temporary files are.
     let failed = || SessionError::io("write", &path);
     let mut file = tempfile::NamedTempFile::new_in(dir).map_err(failed())?;
-    file.write_all(&text).map_err(failed())?;
+    file.write_all(text).map_err(failed())?;
     file.as_file().sync_data().map_err(failed())?;
     file.persist(&path).map_err(|error| failed()(error.error))?;
-    Ok(id)
+    Ok(())
 }
 
 /// The maps of a session that were read so far. More come while somebody reads
@@ -142,12 +143,18 @@ mod tests {
         Symbols::parse(MAP.replace("one", name).into()).unwrap()
     }
 
+    fn store(dir: &Path, symbols: &Symbols) -> MapId {
+        let (id, text) = text(symbols, 0).unwrap();
+        put(dir, &id, &text).unwrap();
+        id
+    }
+
     #[test]
     fn one_kernel_is_stored_once_and_another_besides() {
         let dir = tempfile::tempdir().unwrap();
-        let one = store(dir.path(), &symbols("one"), 0).unwrap();
-        assert_eq!(store(dir.path(), &symbols("one"), 0).unwrap(), one);
-        let two = store(dir.path(), &symbols("two"), 0).unwrap();
+        let one = store(dir.path(), &symbols("one"));
+        assert_eq!(store(dir.path(), &symbols("one")), one);
+        let two = store(dir.path(), &symbols("two"));
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2);
         let maps = Maps::default();
         for (id, name) in [(&one, "one"), (&two, "two"), (&one, "one")] {
@@ -159,7 +166,7 @@ mod tests {
     #[test]
     fn a_map_that_was_changed_is_refused() {
         let dir = tempfile::tempdir().unwrap();
-        let id = store(dir.path(), &symbols("one"), 0).unwrap();
+        let id = store(dir.path(), &symbols("one"));
         let text = MAP.replace("one", "two");
         std::fs::write(id.file(dir.path()), text).unwrap();
         let error = Maps::default().get(dir.path(), &id).unwrap_err();

@@ -172,12 +172,12 @@ pub struct Counters {
     pub torn_pages: u64,
     /// Rounds in which a CPU's buffer could not be followed.
     pub damaged: u64,
-    /// Bytes read after the guest had been reset, and set aside.
+    /// Bytes read about when the guest was reset, and set aside.
     pub after_reset_bytes: u64,
     /// Keys and epochs that the guest changed.
     pub tampered: u64,
-    /// Bytes read that could not be stored: the disk was full, or the session
-    /// as large as it may become.
+    /// Bytes read that could not be stored: the disk was full, or too slow, or the
+    /// session as large as it may become.
     pub unstored_bytes: u64,
     /// Times a helper took the session over from one that had gone.
     pub resumed: u64,

@@ -6,8 +6,9 @@
 //! work records nothing for hours.
 //!
 //! So items wait for a time of the host's. What the guest records has come at
-//! most [`SETTLE`] later (the helper drains every few milliseconds; the trace
-//! clocks of a guest's CPUs differ by less than the rest). At each look the newest
+//! most [`SETTLE`] later than what other CPUs recorded then (the helper drains every few
+//! milliseconds, and holds what it read of all CPUs alike; the trace clocks of a guest's
+//! CPUs differ by less than the rest). At each look the newest
 //! guest time that was seen is noted, with the moment of the look; an item goes
 //! when it is not newer than what was noted `SETTLE` ago, for by then what is
 //! older had come from every CPU. No clock of the guest is compared with the

@@ -1,5 +1,6 @@
 //! Writes a session while the guest runs.
 
+use std::collections::HashSet;
 use std::fs::{self, DirBuilder};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -38,6 +39,8 @@ pub struct SessionWriter {
     findings: Lines,
     modules: Lines,
     module_symbols: Lines,
+    /// The symbols that were handed over.
+    maps: HashSet<MapId>,
     /// The number that the load of a module had last.
     last_load: u32,
     /// Bytes of ring files, with those that could not be written.
@@ -97,6 +100,7 @@ impl SessionWriter {
             findings: Lines::open(dir, LinesFile::Findings, FINDINGS_LIMIT)?,
             modules: Lines::open(dir, LinesFile::Modules, MODULES_LIMIT)?,
             module_symbols: Lines::open(dir, LinesFile::ModuleSymbols, SYMBOLS_LIMIT)?,
+            maps: HashSet::new(),
             last_load: 0,
             size: 0,
             meta_size: 0,
@@ -124,6 +128,11 @@ impl SessionWriter {
     /// Sets how large it may become, and how much of it may wait for the disk, bytes.
     pub fn set_limits(&mut self, size: u64, waiting: u64) {
         (self.limit, self.waiting_limit) = (size, waiting);
+    }
+
+    /// From now on, what comes waits for the disk, however much that is.
+    pub fn wait_for_disk(&mut self) {
+        self.waiting_limit = u64::MAX;
     }
 
     /// Whether it has no room for what is to be stored.
@@ -174,9 +183,15 @@ impl SessionWriter {
     /// name.
     ///
     /// # Errors
-    /// If they cannot be written.
-    pub fn store_symbols(&self, symbols: &Symbols, slide: u64) -> Result<MapId, SessionError> {
-        maps::store(&self.dir, symbols, slide)
+    /// If they are nothing that can be written.
+    pub fn store_symbols(&mut self, symbols: &Symbols, slide: u64) -> Result<MapId, SessionError> {
+        let (id, text) =
+            maps::text(symbols, slide).map_err(SessionError::io("write", &self.dir))?;
+        // A guest may boot as often as it likes while the disk takes nothing.
+        if self.maps.insert(id.clone()) {
+            self.hand(Work::Map(id.clone(), text));
+        }
+        Ok(id)
     }
 
     /// Takes a chunk of the newest boot, which was read at `wall_ns`, for
@@ -193,14 +208,15 @@ impl SessionWriter {
             self.full = true;
             return Err(SessionError::Full { limit: self.limit });
         }
-        if self.disk.waiting() + self.batch_size + size > self.waiting_limit {
+        let waiting = self.disk.waiting() + self.batch_size + Work::OVERHEAD + size;
+        if waiting > self.waiting_limit {
             return Err(SessionError::Behind {
                 waiting: self.waiting_limit,
             });
         }
         let boot = self.meta.boots.last().map_or(1, |boot| boot.number);
         self.size += size;
-        self.batch_size += size;
+        self.batch_size += Work::OVERHEAD + size;
         self.batch.push(Work::Chunk { boot, frame });
         if self.batch_size >= BATCH {
             self.flush();
@@ -223,8 +239,10 @@ impl SessionWriter {
     pub fn sync(&mut self) -> Result<(), SessionError> {
         let (done, told) = std::sync::mpsc::channel();
         self.hand(Work::Tell(done));
-        // The thread ends after this writer, and not before.
-        let _ = told.recv();
+        // It ends after this writer, and not before, unless it panics.
+        told.recv()
+            .map_err(|_| std::io::Error::other("the thread that writes it has ended"))
+            .map_err(SessionError::io("write", &self.dir))?;
         self.take_trouble().map_or(Ok(()), Err)
     }
 
@@ -404,7 +422,10 @@ mod tests {
             writer.flush();
         };
         assert!(matches!(refused, SessionError::Behind { waiting: WAITING }));
-        assert_eq!(taken, WAITING / 4032);
+        assert_eq!(
+            taken,
+            (WAITING - Work::OVERHEAD - 60) / (Work::OVERHEAD + 4032)
+        );
         assert!(!writer.is_saving());
         writer.save().expect("it waits");
         assert!(writer.is_saving());

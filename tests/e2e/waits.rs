@@ -4,6 +4,7 @@
 use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
 use std::time::Duration;
+use xftrace::callflow::{Kernels, Names};
 use xftrace::helper::protocol::{GuestStatus, Status};
 use xftrace::kernel::stock::{command_line, reserved_command_line};
 use xftrace::ring::record::What;
@@ -96,6 +97,44 @@ fn a_plain_guest_is_traced_from_its_start_and_after_a_reboot() {
     traced.until("its next boot", |status| is_traced(status, 2));
     let second = reads_of(&traced, 1000);
     both_boots_are_whole(&traced, [first, second], 0);
+}
+
+/// Its body lies where its entry does, and Ftrace goes by one name for each place: by
+/// another one, the kernel would record every function.
+#[test]
+fn a_system_call_without_arguments_is_booted_by_the_name_that_ftrace_has() {
+    let guest = TestGuest::define(&Domain {
+        kernel: "stock-6.1-cloud".to_owned(),
+        backing: Backing::File,
+        memory: 384,
+        ..Domain::new("getpid")
+    });
+    let options = ["--at-start", "--functions", "sys_getpid", "--plain"];
+    let traced = Traced::start_with(guest, &options);
+    traced.until("a trace", |status| is_traced(status, 1));
+    let filter = traced.run("cat /sys/kernel/tracing/set_graph_function");
+    assert_eq!(filter.unwrap().success().unwrap().trim(), "__do_sys_getpid");
+    // Each shell asks for its own.
+    for _ in 0..10 {
+        traced.sh("true");
+    }
+    let session = traced.off();
+    assert_eq!(session.meta.functions(), ["__x64_sys_getpid"]);
+    let names = Kernels::of(&session).expect("its symbols");
+    let mut calls = 0;
+    for item in session.items() {
+        let item = item.expect("an item");
+        if let What::Call(call) = item.what {
+            let function = names.function(item.boot, call.func).symbol;
+            let name = function.map(|(name, _)| name);
+            assert!(
+                call.depth > 0 || name == Some("__x64_sys_getpid"),
+                "{name:?}"
+            );
+            calls += usize::from(call.depth == 0);
+        }
+    }
+    assert!(calls >= 10, "{calls}");
 }
 
 /// What was booted for other functions than those that it is to be traced for: whoever

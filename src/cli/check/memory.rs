@@ -146,12 +146,12 @@ fn patience(lives: bool, does: Option<Doing>, until: Instant) -> Option<Duration
     goes_on.then(|| until.saturating_duration_since(Instant::now()))
 }
 
-/// Looks at a saved image.
+/// Looks at a saved image. What there is, and why that may mean nothing.
 pub(super) fn of_image(
     config: &Config,
     args: &CheckArgs,
     path: &Path,
-) -> anyhow::Result<Option<Memory>> {
+) -> anyhow::Result<Option<(Memory, Option<String>)>> {
     let mut option = args.image.clone();
     // It has symbols too.
     option.symbols = option.symbols.or_else(|| args.kernel.clone());
@@ -166,7 +166,7 @@ pub(super) fn of_image(
         How::Image,
     )?;
     Ok(match looked {
-        Look::Made(memory) => Some(memory),
+        Look::Made(memory) => Some((memory, image.doubt())),
         Look::NoImage | Look::HasStarted => None,
     })
 }

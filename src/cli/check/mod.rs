@@ -85,10 +85,11 @@ pub(super) fn run(context: &Context, args: &CheckArgs) -> anyhow::Result<Exit> {
     let mut checked = Checked::nothing();
     if let Some(image) = &args.image.memory {
         let known = memory::of_image(&config, args, image)?;
-        let Some(found) = known else {
+        let Some((found, doubt)) = known else {
             bail!("{}", memory::NO_IMAGE);
         };
         checked.found(found);
+        checked.doubts.extend(doubt);
     } else if let Some(dir) = &args.session {
         let own = Enrolment::baseline_of(None, &config);
         checked.flow = Some(flow::judge(&config, dir, baseline(args, own.as_deref()))?);

@@ -230,8 +230,10 @@ fn kernel(status: &Status, live: &DomainXml, name: &str, report: &mut Report) {
             symbols,
             compared,
             mode: Mode::Keyed,
+            rivals,
             ..
         } => {
+            trusted(rivals.as_deref(), name, report);
             fitting(symbols, *compared, live, name, report);
             report.ok(format!("its kernel has xftrace's patch: {banner}"));
         }
@@ -240,9 +242,11 @@ fn kernel(status: &Status, live: &DomainXml, name: &str, report: &mut Report) {
             symbols,
             compared,
             mode: Mode::Plain,
+            rivals,
             plain,
             ..
         } => {
+            trusted(rivals.as_deref(), name, report);
             fitting(symbols, *compared, live, name, report);
             report.ok(format!(
                 "its kernel has no xftrace patch, mode {}: {banner}",
@@ -260,6 +264,13 @@ fn kernel(status: &Status, live: &DomainXml, name: &str, report: &mut Report) {
                 take_symbols(live, name)
             ),
         ),
+    }
+}
+
+/// Whether it is known which kernel the guest runs.
+fn trusted(rivals: Option<&str>, name: &str, report: &mut Report) {
+    if let Some(why) = rivals {
+        report.missing(why.to_owned(), format!("virsh reset {name}"));
     }
 }
 

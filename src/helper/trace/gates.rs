@@ -24,7 +24,7 @@ use crate::session::FindingKind;
 use super::super::ratelimit::RateLimit;
 use super::super::rest::Rest;
 use super::super::watch::{Guest, Watch};
-use super::{Trace, HOLD_AFTER};
+use super::{Trace, SUSPECT_AFTER};
 
 /// How often they are looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
@@ -231,7 +231,7 @@ impl Trace {
         says_on: Option<bool>,
     ) -> Option<FindingKind> {
         let live = self.live.as_mut()?;
-        let Some(says_on) = says_on.filter(|_| watch.silent() <= HOLD_AFTER) else {
+        let Some(says_on) = says_on.filter(|_| watch.silent() <= SUSPECT_AFTER) else {
             live.gates.forget();
             return None;
         };

@@ -101,6 +101,8 @@ impl Trace {
             counts.begin(live.reader.written(&*self.ram));
         }
         self.held.push(earlier);
+        // Older than the trace, and of a kernel that lives.
+        self.take_all();
         Ok(())
     }
 

@@ -16,7 +16,7 @@ use super::super::ratelimit::RateLimit;
 use super::super::rest::{turn, Rest};
 use super::super::watch::{Guest, Watch};
 use super::loads::Loads;
-use super::{Trace, HOLD_AFTER};
+use super::{Trace, SUSPECT_AFTER};
 
 /// How often the list is looked at: sooner than a record settles, so that a record
 /// is judged after a look that is younger than the record.
@@ -165,7 +165,7 @@ impl Trace {
     /// more.
     pub(super) fn look_at_modules(&mut self, watch: &Watch) {
         let Some(live) = &mut self.live else { return };
-        if watch.silent() > HOLD_AFTER {
+        if watch.silent() > SUSPECT_AFTER {
             return;
         }
         let clock = match &live.plain {
@@ -232,7 +232,7 @@ impl Trace {
     /// be drained.
     pub(super) fn read_last_symbols(&mut self, watch: &Watch) {
         let begun = Instant::now();
-        while watch.silent() <= HOLD_AFTER && begun.elapsed() < LAST {
+        while watch.silent() <= SUSPECT_AFTER && begun.elapsed() < LAST {
             let modules = self.live.as_mut().and_then(|live| live.modules.as_mut());
             if !modules.is_some_and(|modules| modules.looks.loads.hurry()) {
                 return;

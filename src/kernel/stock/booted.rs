@@ -20,8 +20,8 @@ const SHOWN: usize = 10;
 /// none means all.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Booted {
-    /// Their names, in order.
-    pub names: BTreeSet<String>,
+    /// Their names, in order, and where they begin, as linked.
+    pub functions: BTreeSet<(String, Gva)>,
     /// Whether these are all of them.
     pub whole: bool,
 }
@@ -29,14 +29,15 @@ pub struct Booted {
 impl fmt::Display for Booted {
     /// As people can take it in.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.names.is_empty() {
+        if self.functions.is_empty() {
             return f.write_str("all of them");
         }
-        for (number, name) in self.names.iter().take(SHOWN).enumerate() {
+        let names: BTreeSet<&String> = self.functions.iter().map(|(name, _)| name).collect();
+        for (number, name) in names.iter().take(SHOWN).enumerate() {
             let comma = if number == 0 { "" } else { ", " };
             write!(f, "{comma}{name}")?;
         }
-        match (self.names.len().saturating_sub(SHOWN), self.whole) {
+        match (names.len().saturating_sub(SHOWN), self.whole) {
             (0, true) => Ok(()),
             (more, true) => write!(f, " and {more} more"),
             (more, false) => write!(f, " and more than {more} others"),
@@ -45,20 +46,29 @@ impl fmt::Display for Booted {
 }
 
 impl Booted {
-    /// Refuses functions other than those the guest was booted with. Where none are
-    /// asked for yet, only all of them are refused.
+    /// Refuses functions other than those the guest was booted with, by whichever of
+    /// their names. Where none are asked for yet, only all of them are refused.
     ///
     /// # Errors
     /// [`StockError::OtherFunctions`], with what to boot it with.
-    pub fn require(&self, functions: &[String]) -> Result<(), StockError> {
-        let wanted: BTreeSet<&String> = functions.iter().collect();
-        let same = self.whole && self.names.iter().eq(wanted);
-        if !self.names.is_empty() && (functions.is_empty() || same) {
+    pub fn require(&self, symbols: &Symbols, functions: &[String]) -> Result<(), StockError> {
+        let places = |name: &String| {
+            let found = symbols.resolve_function(name);
+            found.map_or_else(|_| Vec::new(), |found| found.addresses)
+        };
+        let wanted: Vec<_> = functions.iter().map(|name| (name, places(name))).collect();
+        let is = |(name, places): &(&String, Vec<Gva>), (booted, at): &(String, Gva)| {
+            *name == booted || places.contains(at)
+        };
+        let has = |wanted| self.functions.iter().any(|booted| is(wanted, booted));
+        let asked = |booted| wanted.iter().any(|wanted| is(wanted, booted));
+        let same = self.whole && wanted.iter().all(has) && self.functions.iter().all(asked);
+        if !self.functions.is_empty() && (functions.is_empty() || same) {
             return Ok(());
         }
         Err(StockError::OtherFunctions {
             booted: self.to_string(),
-            command_line: command_line(functions),
+            command_line: command_line(&symbols.ftrace_names(functions)),
         })
     }
 }
@@ -77,7 +87,7 @@ impl Stock {
         let buckets = Gva(self.load(ram, plus(hash, offsets.buckets), WHAT)?);
         let count = 1u64.checked_shl(bits.min(64) as u32).unwrap_or(u64::MAX);
         let mut booted = Booted {
-            names: BTreeSet::new(),
+            functions: BTreeSet::new(),
             whole: count <= MAX_BUCKETS,
         };
         if buckets.0 == 0 {
@@ -100,9 +110,12 @@ impl Stock {
                 };
                 left = after;
                 let ip = Gva(self.load(ram, plus(entry, offsets.ip), WHAT)?);
-                let name = symbols.lookup(self.kernel.link(ip));
-                let name = name.map_or_else(|| ip.to_string(), |(name, _)| name.to_owned());
-                booted.names.insert(name);
+                let link = self.kernel.link(ip);
+                // Its call site, which may not be its very beginning.
+                let found = symbols.lookup(link);
+                let found = found.map(|(name, within)| (name.to_owned(), Gva(link.0 - within)));
+                let function = found.unwrap_or_else(|| (ip.to_string(), link));
+                booted.functions.insert(function);
                 entry = Gva(self.load(ram, plus(entry, offsets.next), WHAT)?);
             }
         }

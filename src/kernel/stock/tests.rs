@@ -242,12 +242,39 @@ fn other_functions_than_the_booted_ones_are_refused_with_what_to_boot() {
     let (stock, symbols) = (guest.attach().expect("a stock kernel"), guest.symbols());
     let require = |names: &[&str]| {
         let names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
-        stock.functions(&guest.ram, &symbols)?.require(&names)
+        stock
+            .functions(&guest.ram, &symbols)?
+            .require(&symbols, &names)
     };
     require(&["vfs_open", "vfs_read"]).expect("those it was booted with");
     let text = require(&["vfs_read"]).expect_err("one too few").to_string();
     assert!(text.contains("which are vfs_open, vfs_read;"), "{text}");
     assert!(text.contains("ftrace_graph_filter=vfs_read "), "{text}");
+    // By another name of the same place, which is the one that Ftrace has.
+    let line = guest
+        .symbols
+        .lines()
+        .find(|line| line.ends_with(" vfs_read"));
+    let alias = line.expect("a symbol").replace(" vfs_read", " also_read");
+    let aliased = format!("{}{alias}\n", guest.symbols);
+    let aliased = Symbols::parse(aliased.into_bytes()).expect("symbols");
+    let require = |names: &[&str]| {
+        let names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
+        let booted = stock.functions(&guest.ram, &aliased)?;
+        booted.require(&aliased, &names)
+    };
+    for read in ["vfs_read", "also_read"] {
+        require(&["vfs_open", read]).expect("those it was booted with");
+    }
+    require(&["vfs_read", "also_read"]).expect_err("one of them twice");
+    let text = require(&["vfs_read"]).expect_err("one too few").to_string();
+    assert!(text.contains("ftrace_graph_filter=also_read "), "{text}");
+    let require = |names: &[&str]| {
+        let names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
+        stock
+            .functions(&guest.ram, &symbols)?
+            .require(&symbols, &names)
+    };
     // Whoever has not said yet what is to be traced is content with some.
     require(&[]).expect("some");
     guest.poke(HASH + 8, 0);
@@ -279,8 +306,9 @@ fn of_many_functions_some_are_named() {
             guest.poke(entry(number) + 16, u64::MAX - number);
         }
         let booted = stock.functions(&guest.ram, &symbols).expect("a table");
-        let asked: Vec<String> = booted.names.iter().cloned().collect();
-        (booted.to_string(), booted.require(&asked).is_ok())
+        let names = booted.functions.iter().map(|(name, _)| name.clone());
+        let asked: Vec<String> = names.collect();
+        (booted.to_string(), booted.require(&symbols, &asked).is_ok())
     };
     let (text, same) = put(10);
     assert_eq!((text.matches(", ").count(), same), (9, true), "{text}");
@@ -455,7 +483,7 @@ fn lists_in_circles_end() {
     assert!(arrays.len() > 1 && arrays.iter().all(|array| array.name.is_some()));
     let functions = stock.functions(&guest.ram, &guest.symbols());
     let functions = functions.expect("a table");
-    assert_eq!((functions.names.len(), functions.whole), (2, false));
+    assert_eq!((functions.functions.len(), functions.whole), (2, false));
 }
 
 proptest! {

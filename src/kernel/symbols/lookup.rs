@@ -55,6 +55,21 @@ impl Symbols {
         Some((self.name_of(best), link.0 - address))
     }
 
+    /// Which of the names at a link-time address the kernel itself has for it
+    /// (`kallsyms_lookup()`): the first, of those that scripts/kallsyms.c puts in order.
+    /// Its input is in the order of `nm -n`, that of names where addresses are the same.
+    pub(super) fn kallsyms_name(&self, link: Gva) -> Option<&str> {
+        let from = self.image.partition_point(|symbol| symbol.address < link.0);
+        let aliases = self.image.get(from..)?.iter();
+        let aliases = aliases.take_while(|symbol| symbol.address == link.0);
+        let order = |symbol: &Symbol| {
+            let name = self.name_of(symbol);
+            let weak = symbol.kind.eq_ignore_ascii_case(&b'w');
+            (weak, is_of_linker_script(name), underscores(name), name)
+        };
+        aliases.map(order).min().map(|(.., name)| name)
+    }
+
     /// Whether a function of the kernel's image begins at this link-time
     /// address, or does with an ENDBR64 instruction before it.
     pub fn is_function_start(&self, link: Gva) -> bool {
@@ -200,17 +215,36 @@ fn rank<'a>(symbol: &Symbol, name: &'a str) -> Rank<'a> {
         _ if name.starts_with("__ia32_") => 2,
         _ => 1,
     };
-    let underscores = name.bytes().take_while(|&byte| byte == b'_').count();
     (
         !symbol.is_global(),
         system_call,
-        if system_call == 0 { 0 } else { underscores },
+        if system_call == 0 {
+            0
+        } else {
+            underscores(name)
+        },
         // Suffixes such as .isra.0 are the compiler's.
         name.contains('.'),
         name.len(),
         Reverse(symbol.kind == b'T'),
         name,
     )
+}
+
+fn underscores(name: &str) -> usize {
+    name.bytes().take_while(|&byte| byte == b'_').count()
+}
+
+/// Whether it is a name that a linker script gives to the bounds of something
+/// (may_be_linker_script_provide_symbol() in scripts/kallsyms.c).
+fn is_of_linker_script(name: &str) -> bool {
+    let bounds = |rest: &str| {
+        ["start_", "stop_", "end_"]
+            .iter()
+            .any(|mark| rest.starts_with(mark))
+            || ["_start", "_end"].iter().any(|mark| rest.ends_with(mark))
+    };
+    name.len() >= 8 && name.strip_prefix("__").is_some_and(bounds)
 }
 
 /// Symbols of code that name no function: marks of the linker, and what the

@@ -87,10 +87,10 @@ pub enum FtraceNameError {
     /// It means no function.
     #[error(transparent)]
     Unknown(#[from] UnknownFunction),
-    /// It means copies.
+    /// It means several functions of several names: copies that the compiler made.
     #[error(
-        "the guest's kernel has {typed:?} only as copies that the compiler made, which its Ftrace \
-         knows by their own names: type {copies} instead"
+        "the guest's kernel has {typed:?} at several places, each of which its Ftrace knows by \
+         another name: type {copies} instead"
     )]
     Copies {
         /// What was typed, escaped.
@@ -150,21 +150,38 @@ impl Symbols {
     }
 
     /// What the kernel's own Ftrace calls the function that a typed name means: it has
-    /// each copy that the compiler made by a name of its own.
+    /// one name for each place, and each copy that the compiler made by its own. A system
+    /// call without arguments has not the name that it is known by (`__x64_sys_getpid`),
+    /// since its body lies at the same place (`__do_sys_getpid`).
     ///
     /// # Errors
     /// [`FtraceNameError`] if there is none, or several.
     pub fn ftrace_name(&self, typed: &str) -> Result<String, FtraceNameError> {
         let found = self.resolve_function(typed)?;
-        if self.address(&found.name).is_some() {
-            return Ok(found.name);
+        let places = found.addresses.iter();
+        let mut names: Vec<&str> = Vec::new();
+        for name in places.filter_map(|&at| self.kallsyms_name(at)) {
+            if !names.contains(&name) {
+                names.push(name);
+            }
         }
-        let copies = found.addresses.iter();
-        let copies = copies.filter_map(|&at| self.lookup(at).map(|(name, _)| name));
-        Err(FtraceNameError::Copies {
-            typed: escape(typed.as_bytes()),
-            copies: copies.collect::<Vec<_>>().join(","),
-        })
+        match names[..] {
+            [name] => Ok(name.to_owned()),
+            _ => Err(FtraceNameError::Copies {
+                typed: escape(typed.as_bytes()),
+                copies: names.join(","),
+            }),
+        }
+    }
+
+    /// The same of functions by their full names, for people to type. One that Ftrace has
+    /// no name for stays as it is.
+    pub fn ftrace_names(&self, functions: &[String]) -> Vec<String> {
+        let name = |function: &String| {
+            let name = self.ftrace_name(function);
+            name.unwrap_or_else(|_| function.clone())
+        };
+        functions.iter().map(name).collect()
     }
 
     /// Whether a symbol is a function that outlives the kernel's start.
@@ -295,6 +312,39 @@ mod tests {
             found("folded.isra.0"),
             ("folded.isra.0".into(), vec![0x180])
         );
+    }
+
+    /// The names of a stock kernel, in another order than its own.
+    #[test]
+    fn ftrace_has_one_name_for_each_place() {
+        let more = "ffffffff81000300 T __x64_sys_getpid\nffffffff81000300 T __ia32_sys_getpid\n\
+            ffffffff81000300 t __do_sys_getpid\nffffffff81000340 W weak\n\
+            ffffffff81000340 T __strong\nffffffff81000380 T __start_part\n\
+            ffffffff81000380 T ___first\nffffffff810003c0 t only.part.0\n";
+        let symbols = Symbols::parse(format!("{MAP}{more}").into()).unwrap();
+        for (typed, name) in [
+            ("sys_read", "__x64_sys_read"),
+            ("helper", "helper"),
+            ("sys_getpid", "__do_sys_getpid"),
+            ("__x64_sys_getpid", "__do_sys_getpid"),
+            ("__do_sys_getpid", "__do_sys_getpid"),
+            ("weak", "__strong"),
+            ("__start_part", "___first"),
+            ("only", "only.part.0"),
+        ] {
+            assert_eq!(
+                symbols.ftrace_name(typed).as_deref().ok(),
+                Some(name),
+                "{typed}"
+            );
+        }
+        let several = symbols.ftrace_name("folded").unwrap_err().to_string();
+        assert!(
+            several.contains("type folded.isra.0,folded.constprop.1 "),
+            "{several}"
+        );
+        let names = ["__x64_sys_getpid", "none"].map(str::to_owned);
+        assert_eq!(symbols.ftrace_names(&names), ["__do_sys_getpid", "none"]);
     }
 
     #[test]
