@@ -12,6 +12,7 @@ use crate::detect::{Store, StoreError};
 use crate::kernel::stock::{command_line, reserved_command_line};
 use crate::libvirt::connection::{Connection, Domain, Mode};
 use crate::libvirt::enrolment::{advice, untraceable};
+use crate::libvirt::memory::find_backing;
 use crate::libvirt::run_dir::RunDir;
 use crate::libvirt::shell_word;
 use crate::libvirt::xml::{enroll, DomainXml, Trace};
@@ -230,6 +231,9 @@ fn join(
             "Its helper runs with the options from before; `xftrace on` takes others at once."
                 .to_owned(),
         );
+    }
+    if let Err(error) = find_backing(&live, &config.paths.libvirt_run) {
+        return Ok(format!("As it runs now, it cannot be traced: {error}."));
     }
     let text = domain.live_xml()?;
     match hook::start(context, &run_dir, text.as_bytes(), &live) {

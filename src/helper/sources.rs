@@ -66,7 +66,7 @@ pub(crate) struct Found {
     /// The one at the place that was asked for, or else the lowest of those that its
     /// symbols fit.
     pub(crate) kernel: Kernel,
-    /// Where others are that these fit.
+    /// Where others are that these fit, or those of others that are looked for.
     pub(crate) others: Vec<Gpa>,
     pub(crate) symbols: Arc<Symbols>,
     /// Where they are from.
@@ -80,7 +80,7 @@ impl Fitting {
     /// If there is none, with what there is instead.
     pub(crate) fn find(self, ram: &dyn GuestRam, place: Option<Gpa>) -> anyhow::Result<Found> {
         let mut why = anyhow::Error::msg(self.why);
-        let mut first = None;
+        let mut first: Option<Found> = None;
         for (path, symbols) in self.found {
             match find_all_beside(ram, &symbols, place) {
                 Ok(mut kernels) => {
@@ -93,10 +93,20 @@ impl Fitting {
                         symbols,
                         path,
                     };
-                    if known.is_some() || place.is_none() {
+                    if known.is_some() {
                         return Ok(found);
                     }
-                    first.get_or_insert(found);
+                    let Some(first) = &mut first else {
+                        first = Some(found);
+                        continue;
+                    };
+                    // Those of another kernel's symbols are others too.
+                    let taken = first.kernel.phys_text;
+                    for other in found.others.into_iter().chain([found.kernel.phys_text]) {
+                        if other != taken && !first.others.contains(&other) {
+                            first.others.push(other);
+                        }
+                    }
                 }
                 Err(error) => why = error.into(),
             }

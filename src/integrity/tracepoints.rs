@@ -95,7 +95,8 @@ fn functions(
             }
         }
         let called = call.as_ref().map_or(Ok(()), |call| {
-            call.check((view, owners, image), report, (link, &name), &attached)
+            let attached = listed.is_ok().then_some(&attached[..]);
+            call.check((view, owners, image), report, (link, &name), attached)
         });
         listed.and(called)
     };
@@ -130,13 +131,13 @@ impl StaticCall {
     }
 
     /// Checks that of the tracepoint that was linked at `link`, to which these are
-    /// attached. Which key and which iterator it has is the image's word.
+    /// attached; where that is not known, any function of the kernel's may be. Which key and which iterator it has is the image's word.
     fn check(
         &self,
         (view, owners, image): (&View<'_>, &Owners, &super::Image),
         report: &mut Report,
         (link, name): (Gva, &str),
-        attached: &[(Gva, Gva)],
+        attached: Option<&[(Gva, Gva)]>,
     ) -> Result<(), Obstacle> {
         let built = |field: u32| {
             let word = image.at(link.wrapping_add(field.into()), 8)?;
@@ -150,7 +151,8 @@ impl StaticCall {
         // `struct static_call_key` begins with the function.
         let function = view.pointer(key, "a static call")?;
         let only = match attached {
-            [(_, only)] => *only,
+            Some([(_, only)]) => *only,
+            None if view.in_text(function) => function,
             _ => iterator,
         };
         if function == iterator || function == only {

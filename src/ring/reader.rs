@@ -135,7 +135,7 @@ pub(super) struct Cursor {
 #[derive(Clone, Debug)]
 pub(super) struct Place {
     pub(super) page: Gpa,
-    /// What was read of it, up to where reading stopped.
+    /// What was read of it last, up to where reading stopped.
     pub(super) bytes: Vec<u8>,
 }
 

@@ -43,6 +43,10 @@ const ROUND_TIME: Duration = Duration::from_millis(200);
 /// swapped for.
 const BUFFERS: usize = 4;
 
+/// How much of what was read of a page tells it from the same page of another round of
+/// the ring: all of it, where a sub-buffer is a page of memory.
+const KNOWN: usize = 4096;
+
 /// One round over the CPUs.
 pub(super) struct Round<'a> {
     structs: Structs<'a>,
@@ -282,8 +286,7 @@ impl<'a> Round<'a> {
         };
         let mut at = None;
         for (index, seen) in pages.iter().enumerate() {
-            let is_at = cursor.is_at(seen.data, seen.head);
-            if is_at && (!taken.asks(cursor.time) || self.is_same_place(cursor)?) {
+            if cursor.is_at(seen.data, seen.head) && self.is_same_place(cursor)? {
                 at = Some(index);
                 break;
             }
@@ -326,14 +329,6 @@ impl<'a> Round<'a> {
         let (page, head) = (seen.data, seen.head);
         let old = cursor.as_ref().filter(|cursor| cursor.is_at(page, head));
         let from = old.map_or(0, |cursor| cursor.offset);
-        let read = old.and_then(|cursor| cursor.place.as_ref());
-        let read = read.map_or_else(Vec::new, |place| place.bytes.clone());
-        // Where its time does not tell that it is the same page as it was.
-        let known = if taken.asks(head.time) {
-            &read[..]
-        } else {
-            &[]
-        };
         for _ in 0..TRIES {
             let before = self.structs.head(page)?;
             if before.time != head.time || before.commit < head.commit {
@@ -347,6 +342,9 @@ impl<'a> Round<'a> {
                 return Ok(());
             }
             // What is in front of what is new, to know the place by.
+            let place = cursor.as_ref().and_then(|cursor| cursor.place.as_ref());
+            let known = place.filter(|_| from > 0).map(|place| &place.bytes[..]);
+            let known = known.unwrap_or_default();
             let start = from as usize - known.len().min(from as usize);
             let mut bytes = vec![0; before.commit as usize - start];
             let data = u64::from(self.structs.layout.data);
@@ -386,8 +384,13 @@ impl<'a> Round<'a> {
                 }
                 return self.page(of, taken, cursor, gap, seen);
             };
-            let mut read = if from == 0 { Vec::new() } else { read };
+            let mut read = if from == 0 {
+                Vec::new()
+            } else {
+                known.to_vec()
+            };
             read.extend(&bytes);
+            read.drain(..read.len().saturating_sub(KNOWN));
             *cursor = Some(Cursor {
                 time: before.time,
                 offset: before.commit,

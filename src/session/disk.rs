@@ -196,6 +196,8 @@ impl Files {
             self.note(flushed);
         }
         self.end_boot();
+        let put = self.put_maps();
+        self.note(put);
     }
 
     fn note(&mut self, done: Result<(), SessionError>) {

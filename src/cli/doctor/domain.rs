@@ -123,6 +123,7 @@ fn find_again(error: &MemoryError, live: &DomainXml, name: &str) -> String {
             format!("{}\n{}", enrolling(live, name), restart(name))
         }
         MemoryError::Unlinked { .. }
+        | MemoryError::NoPlace { .. }
         | MemoryError::NotMapped { .. }
         | MemoryError::Truncated { .. }
         | MemoryError::Arguments { .. }
@@ -179,10 +180,8 @@ fn running(
                 }
             }
             for error in &backing.left_out {
-                report.advice(
-                    format!("a memory module is not read: {error}"),
-                    format!("{}\n{restart}", enrolling(&live, name)),
-                );
+                let mend = find_again(error, &live, name);
+                report.advice(format!("a memory module is not read: {error}"), mend);
             }
             if let Some(why) = advice(&live) {
                 report.advice(format!("as it runs, {why}"), restart);

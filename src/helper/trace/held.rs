@@ -36,6 +36,8 @@ pub(super) struct Held {
     reads: VecDeque<Read>,
     /// What they take.
     size: usize,
+    /// When the kernel was seen to live last.
+    alive: Option<Instant>,
 }
 
 impl Read {
@@ -72,8 +74,10 @@ impl Held {
 impl Trace {
     /// Takes what was read before the kernel was seen `alive`, or a part of it.
     pub(super) fn take_good(&mut self, alive: Instant) {
+        self.held.alive = Some(alive);
         let mut taken = 0;
-        while taken < TURN {
+        // Never more than can be held, however much comes.
+        while taken < TURN || self.held.size > LIMIT {
             let Some(read) = self.held.good(alive) else {
                 break;
             };
@@ -89,14 +93,16 @@ impl Trace {
         }
     }
 
-    /// Takes what is whole: the guest was reset. Of each CPU, that ends with the first
-    /// chunk that is not what its kernel writes. A kernel without the patch has no keys
+    /// Takes what is good, and what is whole: the guest was reset. Of each CPU, that ends
+    /// with the first chunk that is not what its kernel writes. A kernel without the patch has no keys
     /// to tell that by: there it ends also with the first that does not follow what came
     /// before it.
     pub(super) fn take_whole(&mut self) {
         let mut spoilt = HashSet::new();
+        let alive = self.held.alive;
         while let Some(read) = self.held.oldest() {
-            if !spoilt.contains(&read.chunk.cpu) && self.is_whole(&read.chunk) {
+            let is_good = Some(read.at) <= alive;
+            if is_good || (!spoilt.contains(&read.chunk.cpu) && self.is_whole(&read.chunk)) {
                 self.take(&read);
             } else {
                 spoilt.insert(read.chunk.cpu);

@@ -136,6 +136,19 @@ pub enum MemoryError {
         /// What it is.
         what: String,
     },
+    /// A memory module of which it is not known where the guest has it.
+    #[error(
+        "where the guest has its {model} '{alias}' of {size} bytes is not known: libvirt tells it \
+         of DIMMs, and of NVDIMMs that are there when the domain starts"
+    )]
+    NoPlace {
+        /// libvirt's name for it.
+        alias: String,
+        /// Its kind.
+        model: String,
+        /// Its size, in bytes.
+        size: u64,
+    },
     /// No mapping that could be it.
     #[error(
         "QEMU has nothing of {size} bytes mapped that could be {id} of domain '{name}' (what it \
@@ -322,7 +335,7 @@ fn modules(
     open: impl Fn(&arguments::Backend) -> Result<MemoryPart, MemoryError>,
 ) -> Result<Modules, MemoryError> {
     let told_of = told.modules();
-    let (mut found, mut left_out) = (Vec::new(), Vec::new());
+    let (mut found, mut left_out, mut placeless) = (Vec::new(), Vec::new(), Vec::new());
     let mut take = |module: &MemoryDevice, backend: &arguments::Backend, base| {
         match open(backend) {
             Ok(part) => found.push((part, base)),
@@ -334,23 +347,31 @@ fn modules(
     };
     for (backend, address) in &told_of {
         let module = domain.modules.iter().find(|module| is_of(module, backend));
-        let place = module.and_then(|module| Some((module, module.base.or(*address)?)));
-        if let Some((module, base)) = place {
-            take(module, backend, base)?;
+        match module.map(|module| (module, module.base.or(*address))) {
+            Some((module, Some(base))) => take(module, backend, base)?,
+            Some((module, None)) => placeless.push(module),
+            // It was taken out again.
+            None => {}
         }
     }
     for module in &domain.modules {
         let known = told_of.iter().any(|(backend, _)| is_of(module, backend));
-        let (Some(alias), Some(base), false) = (&module.alias, module.base, known) else {
+        // Other kinds are no RAM.
+        let is_ram = ["dimm", "nvdimm", "virtio-mem"].contains(&&module.model[..]);
+        let (Some(alias), false, true) = (&module.alias, known, is_ram) else {
             continue;
         };
-        if let Some(backend) = told
-            .plugged(alias, module.size)
-            .filter(|_| module.model == "dimm")
-        {
-            take(module, &backend, base)?;
+        let plugged = told.plugged(alias, module.size);
+        match (plugged.filter(|_| module.model == "dimm"), module.base) {
+            (Some(backend), Some(base)) => take(module, &backend, base)?,
+            _ => placeless.push(module),
         }
     }
+    left_out.extend(placeless.into_iter().map(|module| MemoryError::NoPlace {
+        alias: module.alias.clone().unwrap_or_default(),
+        model: module.model.clone(),
+        size: module.size,
+    }));
     Ok(Modules { found, left_out })
 }
 

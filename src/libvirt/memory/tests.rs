@@ -422,6 +422,20 @@ fn a_module_that_cannot_be_read_is_left_out_and_told() {
 }
 
 #[test]
+fn a_module_whose_place_is_not_known_is_told() {
+    let host = Host::new();
+    host.set_arguments(&host.arguments("true"));
+    let module = dimm("virtiomem0", "").replace("model='dimm'", "model='virtio-mem'");
+    let backing = host.find_devices(&module).unwrap();
+    assert_eq!((backing.ram.len(), backing.modules.len()), (1, 0));
+    let [error] = &backing.left_out[..] else {
+        panic!("{:?}", backing.left_out)
+    };
+    let told = error.to_string();
+    assert!(told.contains("virtio-mem 'virtiomem0'"), "{told}");
+}
+
+#[test]
 fn memory_of_an_unknown_kind_is_refused() {
     let error = with_backend("epc", "").error();
     assert!(matches!(error, MemoryError::UnknownKind { .. }), "{error}");
