@@ -574,6 +574,26 @@ fn which_of_an_images_kernels_it_is_can_be_said() {
     status(&["--kernel-at", "low"])
         .code(2)
         .stderr(contains("an address is a number"));
+
+    // Of another kernel than that which its symbols are of, too.
+    let mut other = at(ran);
+    other.functions.iter_mut().for_each(|(_, at)| *at *= 2);
+    let guest = Guest::load(other, Guest::of(at(planted)).ram);
+    let mut memory = vec![0; guest.plan.ram as usize];
+    guest.ram.read(Gpa(0), &mut memory).unwrap();
+    std::fs::write(dir.path().join("raw"), memory).unwrap();
+    let store = dir.path().join("symbols");
+    std::fs::create_dir(&store).unwrap();
+    std::fs::write(store.join("one"), at(planted).system_map()).unwrap();
+    std::fs::write(store.join("two"), guest.plan.system_map()).unwrap();
+    let mut command = xftrace();
+    command.current_dir(dir.path()).args(["--config", &config]);
+    command.args(["status", "--memory", "raw"]);
+    command.assert().code(0).stdout(
+        contains("at 0x800000, slide")
+            .and(contains("symbols/one"))
+            .and(contains("1 more in the image (at 0x1000000)")),
+    );
 }
 
 /// Nothing tells whether a raw image has the hole below 4 GiB in it.
