@@ -258,7 +258,8 @@ fn kernel(status: &Status, live: &DomainXml, name: &str, report: &mut Report) {
         GuestStatus::Searching { why } => report.missing(
             format!("the guest's kernel: {why}"),
             format!(
-                "{}\nvirsh reboot {name}    (into a kernel with xftrace's patch or with BTF, where \
+                "xftrace doctor {name}    (again, where the guest has only just been started)\n\
+                 {}\nvirsh reboot {name}    (into a kernel with xftrace's patch or with BTF, where \
                  it runs neither; guest-kernel-patches/README.md has the commands that build one)",
                 take_symbols(live, name)
             ),
