@@ -150,7 +150,7 @@ fn a_disk_that_stalls_costs_no_record() {
     let copied = copy.args(["-a", &device.0]).arg(&node).status();
     assert!(copied.unwrap().success());
     inside("mount", &[node.to_str().unwrap(), sessions]);
-    traced.on(&["--buffer-size=8M", "sys_read"]);
+    traced.on(&["--buffer-size=8M", "--interval=100ms", "sys_read"]);
     traced.run_for("rwloop 200", SOON).unwrap();
 
     let bytes = |status: xftrace::helper::protocol::Status| status.trace.unwrap().counters.bytes;
