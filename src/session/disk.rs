@@ -18,8 +18,7 @@ use std::thread::JoinHandle;
 use crate::ring::Gap;
 
 use super::store::{ChunkWriter, Frame};
-use super::{maps, meta, MapId};
-use super::{SessionError, FINDINGS_FILE, MODULES_FILE, MODULE_SYMBOLS_FILE};
+use super::{maps, meta, MapId, SessionError, FINDINGS_FILE, MODULES_FILE, MODULE_SYMBOLS_FILE};
 
 /// A file of lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -153,7 +153,7 @@ impl SessionWriter {
 
     /// No more chunks of the newest boot come. What of them cannot be written is given up.
     pub fn end_boot(&mut self) {
-        self.hand(Work::BootEnded);
+        self.hand([Work::BootEnded]);
     }
 
     /// Where reading stopped in the newest boot: the last chunk of each CPU
@@ -189,7 +189,7 @@ impl SessionWriter {
             maps::text(symbols, slide).map_err(SessionError::io("write", &self.dir))?;
         // A guest may boot as often as it likes while the disk takes nothing.
         if self.maps.insert(id.clone()) {
-            self.hand(Work::Map(id.clone(), text));
+            self.hand([Work::Map(id.clone(), text)]);
         }
         Ok(id)
     }
@@ -238,7 +238,7 @@ impl SessionWriter {
     /// What could not be written, or the first of it, that was not told yet.
     pub fn sync(&mut self) -> Result<(), SessionError> {
         let (done, told) = std::sync::mpsc::channel();
-        self.hand(Work::Tell(done));
+        self.hand([Work::Tell(done)]);
         // It ends after this writer, and not before, unless it panics.
         told.recv()
             .map_err(|_| std::io::Error::other("the thread that writes it has ended"))
@@ -246,8 +246,8 @@ impl SessionWriter {
         self.take_trouble().map_or(Ok(()), Err)
     }
 
-    fn hand(&mut self, work: Work) {
-        self.batch.push(work);
+    fn hand(&mut self, work: impl IntoIterator<Item = Work>) {
+        self.batch.extend(work);
         self.flush();
     }
 
@@ -261,7 +261,7 @@ impl SessionWriter {
             kind: FindingKind::Full,
         };
         let work = self.findings.note(finding, &full)?;
-        work.into_iter().for_each(|work| self.hand(work));
+        self.hand(work);
         Ok(())
     }
 
@@ -276,7 +276,7 @@ impl SessionWriter {
             ..look.clone()
         };
         let work = self.modules.note(look, &unknown)?;
-        work.into_iter().for_each(|work| self.hand(work));
+        self.hand(work);
         Ok(!self.modules.is_full())
     }
 
@@ -293,7 +293,7 @@ impl SessionWriter {
     /// If it is nothing that can be written.
     pub fn module_symbols(&mut self, symbols: &ModuleSymbols) -> Result<bool, SessionError> {
         let work = self.module_symbols.note(symbols, &ModuleSymbols::full())?;
-        work.into_iter().for_each(|work| self.hand(work));
+        self.hand(work);
         Ok(!self.module_symbols.is_full())
     }
 
@@ -304,7 +304,7 @@ impl SessionWriter {
     pub fn save(&mut self) -> Result<(), SessionError> {
         let text = self.meta.text(&self.dir)?;
         self.meta_size = text.len() as u64;
-        self.hand(Work::Meta(text));
+        self.hand([Work::Meta(text)]);
         Ok(())
     }
 

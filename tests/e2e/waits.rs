@@ -77,9 +77,8 @@ fn both_boots_are_whole(traced: &Traced, pids: [i32; 2], helpers: u64) {
 
 /// What is forged or lost, with the boot, the CPU and the time that it stands at.
 fn wrong_items(session: &Session) -> Vec<(u32, u16, u64, What)> {
-    let mut items = session.items();
     let mut wrong = Vec::new();
-    for item in items.by_ref() {
+    for item in session.items() {
         let item = item.expect("an item");
         if matches!(item.what, What::Forged(_) | What::Lost(_)) {
             wrong.push((item.boot, item.cpu, item.time, item.what));

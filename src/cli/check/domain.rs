@@ -17,8 +17,8 @@ const NO_LIFE: &str =
     "no kernel in the guest's memory shows a sign of life, though the domain runs: what was looked \
      at may be a copy that somebody left there, and not what runs";
 const PAUSED: &str =
-    "the domain stands still: what was looked at is the kernel where the helper saw it live, or else the \
-     lowest in its memory";
+    "the domain stands still: what was looked at is the kernel where the helper saw it live, or \
+     else the lowest in its memory";
 const AT_REST: &str = "the domain does not run: its memory was not looked at";
 const NO_DOMAIN: &str = "libvirt knows no such domain: no memory was looked at";
 const NO_SESSION: &str =
